@@ -1,0 +1,1146 @@
+"""
+ppo.py: RLHF with proximal policy optimization (PPO) against a reward model, with a KL penalty.
+Stage 3 of 3: sft.py, reward.py, ppo.py.
+
+What it does, again and again: write a summary for each of a batch of posts (the rollout), score it with the reward
+model, charge it for every token's drift away from the SFT model (the KL penalty), and improve the policy by four epochs
+of PPO on those samples. Four networks take part:
+    policy         starts as the SFT model        trained
+    value model    starts as the reward model     trained    "how much score will this text still bring?"
+    reference      is the SFT model               frozen     the KL penalty measures the drift from it
+    reward model   is the reward model            frozen     scores a finished summary
+
+How to run
+    accelerate launch ppo.py                                              # the paper's setting, for 8 GPUs
+    python ppo.py --sft_model_path FOLDER --reward_model_path FOLDER --query_dataset FOLDER --total_episodes 4096
+    python ppo.py --sft_model_path FOLDER --reward_model_path FOLDER --total_episodes 0 --run_eval   # only evaluate
+It writes, in --output_dir: model/ (the policy: safetensors, config, tokenizer), metrics.jsonl, args.json, summary.json
+and, with --run_eval, samples_<split>.csv.
+
+Where it differs from the code of the paper (arXiv 2403.17031), on purpose
+    1. Batches are padded to their longest query and response, not to 512 + 53, and of the logits only those of the
+       response are computed: the same numbers for less work.
+    2. Advantages are whitened over the global batch; the published code whitens per process.
+    3. Losses are means over the tokens of a whole minibatch, which one permutation, shared by all processes, draws
+       from the global batch. So the gradient does not depend on how a minibatch is cut into micro-batches and
+       processes. The published code takes means of means, over minibatches that each process draws for itself.
+    4. All statistics are over valid tokens only; the published ones count padding as well.
+    5. While sampling, rows that have ended leave the batch. What they would have sampled is never read.
+
+Tags such as "Detail 23" or "Detail T" lead to the table of details in the README. Letters in shape comments: B rows,
+T tokens of a padded row, Q query tokens, R response tokens (R' after trimming to the longest), V vocabulary.
+"""
+
+import contextlib
+import functools
+import inspect
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Literal, Optional
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import transformers
+import tyro
+import wandb
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.utils import gather_object
+from datasets import load_dataset
+from huggingface_hub import HfApi
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import GenerationConfig
+
+
+@dataclass
+class Args:
+    # ---- Run ----
+    exp_name: str = "ppo"
+    """name of this experiment, shown by the tracker"""
+    seed: int = 44413
+    """seed of the data order, the sampling and the minibatches (the paper's seeds: 44413 55513 66613 77713)"""
+    output_dir: str = "models/ppo"
+    """folder that receives the policy, the metrics and the samples; it must not hold another run"""
+    bf16: bool = False
+    """compute in bfloat16 (autocast; parameters stay fp32); must agree with the launcher's --mixed_precision"""
+    offload: bool = False
+    """keep reference policy and reward model in CPU memory (DeepSpeed: by ZeRO-3 parameter offload; otherwise: moved to
+    the device for scoring and back); changes nothing where the policy itself is on the CPU"""
+    # ---- Models and data ----
+    base_model: Optional[str] = None
+    """hub id or folder that gives config and tokenizer where the SFT folder has none; must not contradict the folder"""
+    sft_model_path: str = "models/sft"
+    """the SFT model, from which policy and reference start: an output folder of sft.py, a model folder or a hub id"""
+    reward_model_path: str = "models/reward"
+    """the reward model, from which the value model starts: an output folder of reward.py, a model folder or a hub id"""
+    query_dataset: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered_oai_preprocessing_1706381144"
+    """posts (columns id, subreddit, title, post, summary): a hub id, or a folder with train, validation and test files
+    (SPLIT.parquet or SPLIT.jsonl)"""
+    max_query_length: int = 512
+    """longest query in tokens; a longer post is cut at its last newline, again and again"""
+    max_response_length: int = 53
+    """longest reference summary in tokens, EOS included; PPO uses the posts that SFT uses, so the limits are the same"""
+    max_query_response_length: int = 562
+    """longest query plus reference summary in tokens, as in SFT"""
+    # ---- Batches ----
+    total_episodes: int = 1_000_000
+    """responses sampled in all, cut down to whole batches; 0 only evaluates"""
+    local_micro_batch_size: int = 16
+    """rows per training pass and process"""
+    gradient_accumulation_steps: int = 4
+    """training passes per optimizer step; minibatch = micro-batch x accumulation x processes"""
+    num_mini_batches: int = 1
+    """minibatches, so optimizer steps, per epoch; batch = minibatch x this (the paper's batch is 512)"""
+    local_rollout_forward_batch_size: int = 64
+    """rows per generation and scoring pass and process; capped to the rows that a process has in a batch"""
+    # ---- PPO ----
+    lr: float = 3e-6
+    """learning rate of AdamW at the first update; it falls to 0 along a line"""
+    eps: float = 1e-5
+    """epsilon of AdamW"""
+    warm_up_steps: int = 0
+    """updates over which the learning rate first rises linearly from 0"""
+    num_ppo_epochs: int = 4
+    """passes over each batch of samples"""
+    kl_coef: float = 0.05
+    """beta, the price of one nat of log-ratio between policy and reference"""
+    cliprange: float = 0.2
+    """how far the probability ratio may move from 1 before the policy loss stops rewarding it"""
+    cliprange_value: float = 0.2
+    """how far a value may move from its rollout value before the value loss stops rewarding it"""
+    vf_coef: float = 0.1
+    """weight of the value loss"""
+    gamma: float = 1.0
+    """discount per token"""
+    lam: float = 0.95
+    """lambda of generalized advantage estimation"""
+    whiten_rewards: bool = False
+    """divide the rewards of a batch by their standard deviation (without shifting their mean)"""
+    missing_eos_penalty: Optional[float] = -1.0
+    """score of a response without EOS, INSTEAD of the reward model's; None keeps the reward model's"""
+    # ---- Sampling ----
+    response_length: int = 53
+    """tokens sampled per response"""
+    temperature: float = 0.7
+    """sampling temperature of the rollout"""
+    # ---- Evaluation ----
+    run_eval: bool = False
+    """after training, sample a response to every post of --eval_split, score it, and write samples_<split>.csv"""
+    eval_split: Literal["validation", "test"] = "validation"
+    """split that --run_eval uses"""
+    max_eval_rows: Optional[int] = None
+    """evaluate on the first so many usable rows of the split; default: all of them"""
+    local_eval_batch_size: int = 16
+    """rows per evaluation batch and process"""
+    eval_temperature: float = 0.01
+    """sampling temperature in the evaluation"""
+    # ---- Tracking and sharing ----
+    print_samples_every: int = 10
+    """show two responses of the rollout every so many updates; 0 never does"""
+    track: bool = False
+    """also log to Weights & Biases (WANDB_MODE=offline works)"""
+    wandb_project_name: str = "tldr_summarize"
+    """project of the tracked run"""
+    wandb_entity: Optional[str] = None
+    """team or user that owns the tracked run; default: yours"""
+    push_to_hub: bool = False
+    """upload the model folder, args.json and metrics.jsonl to the Hugging Face hub when done"""
+    hf_repo_id: Optional[str] = None
+    """repository (user/name) that --push_to_hub uploads to"""
+
+
+PAPER_BATCH_SIZE = 512
+INVALID_LOGPROB = 1.0  # stands where there is no token: no logprob is positive, and equal fillers cancel in every ratio
+
+# ---- Small helpers: errors, files, flags -----------------------------------------------------------------------------
+
+
+def fail(message: str):
+    """End the run with one clear line on stderr and exit code 2: for mistakes of the user, not of the program."""
+    if os.environ.get("RANK", "0") == "0":  # under several processes, say it once
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def attempt(load, message: str):
+    """The result of `load()`; if that fails for whatever reason (torn file, unreachable hub, ...), end with `message`."""
+    try:
+        return load()
+    except Exception as error:
+        fail(f"{message} ({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]})")
+
+
+def write_whole(path: str, text: str):
+    """Write `text` to the file `path` whole or not at all: under a temporary name in the same folder, then renamed."""
+    temporary = f"{path}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def check_flags(args, may_be_zero: tuple, any_number: tuple = ()):
+    """Refuse numbers that make no sense, by the name of their flag, and an output folder that is taken."""
+    for name, value in vars(args).items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or name in any_number:
+            continue
+        if not (value > 0 or (value == 0 and name in may_be_zero)) or value == math.inf:
+            fail(f"--{name} is {value}: it must be {'0 or more' if name in may_be_zero else 'greater than 0'}")
+    if args.push_to_hub and not args.hf_repo_id:
+        fail("--push_to_hub needs --hf_repo_id, the repository (user/name) to upload to")
+    for name in ("args.json", "metrics.jsonl", "model", "summary.json"):
+        if os.path.exists(os.path.join(args.output_dir, name)):
+            fail(f"--output_dir {args.output_dir} holds another run ({name}): name another folder or remove it first")
+
+
+def start_accelerator(args) -> Accelerator:
+    """The accelerate object for one process or many, with the precision that --bf16 asks for."""
+    precision = "bf16" if args.bf16 else "no"
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", precision)
+    if launched != precision:  # two switches that disagree would train in a precision that somebody did not ask for
+        wanted = "pass --bf16" if launched == "bf16" else f"launch with --mixed_precision {precision}"
+        fail(f"the launcher's mixed precision is {launched}, the script's is {precision} (--bf16): {wanted}")
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        PartialState(cpu=True)  # DeepSpeed on CPU: makes gloo the backend before the Accelerator chooses one
+    accelerator = Accelerator(gradient_accumulation_steps=args.gradient_accumulation_steps, mixed_precision=precision)
+    if accelerator.state.deepspeed_plugin is not None:  # DeepSpeed asks for it where there is no data loader to read
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config["train_micro_batch_size_per_gpu"] = args.local_micro_batch_size
+    return accelerator
+
+
+# ---- Data: raw posts -> queries as token ids -------------------------------------------------------------------------
+
+
+def load_split(source: str, split: str, columns: list[str], flag: str, optional: tuple = ()):
+    """
+    One split of a folder (SPLIT.parquet or SPLIT.jsonl) or of a data set on the hub, as a `datasets.Dataset` with
+    `columns` and those of `optional` that it has. Data that cannot be used end the run with a line that names `flag`.
+    """
+    where, loader, arguments = f"{flag} {source} ({split})", source, dict(split=split)
+    if os.path.isdir(source):
+        found = [name for name in (f"{split}.parquet", f"{split}.jsonl") if os.path.exists(os.path.join(source, name))]
+        if not found:
+            fail(f"{flag} {source}: the folder has no {split}.parquet and no {split}.jsonl")
+        where, loader = f"{flag} {source}/{found[0]}", "parquet" if found[0].endswith("parquet") else "json"
+        arguments = dict(data_files=os.path.join(source, found[0]), split="train")
+    message = f"{where}: no such folder, an unreadable file, or not to be had from the hub"
+    rows = attempt(lambda: load_dataset(loader, **arguments), message)
+    missing = [column for column in columns if column not in rows.column_names]
+    if missing:
+        fail(f"{where}: column {', '.join(missing)} is missing; there are {', '.join(rows.column_names) or 'none'}")
+    if len(rows) == 0:
+        fail(f"{where}: no rows")
+    # What else there is, such as the tokens in the paper's preprocessed sets, is ignored: tokens are made anew here.
+    return rows.select_columns(columns + [column for column in optional if column in rows.column_names])
+
+
+def load_tokenizer(path: str, flag: str, base_model: Optional[str] = None):
+    """The tokenizer of a model folder or hub id (of --base_model where a folder has none), with [PAD] as pad token."""
+    if base_model and os.path.isdir(path) and not os.path.exists(os.path.join(path, "tokenizer_config.json")):
+        path, flag = base_model, "--base_model"
+    tokenizer = attempt(lambda: AutoTokenizer.from_pretrained(path), f"{flag} {path}: no tokenizer can be loaded")
+    if tokenizer.eos_token_id is None:
+        fail(f"{flag} {path}: the tokenizer has no EOS token, so a response could never end")
+    # Detail 3 (PAD and EOS): the pad token is a new one, even where the tokenizer brings its own, and never EOS: with
+    # pad == EOS the loss mask hides EOS as well, and the model never learns to stop.
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    return tokenizer
+
+
+def encode(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text, with no BOS or EOS added; a "<|endoftext|>" that somebody typed stays ordinary text."""
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
+
+
+def bos_prefix(tokenizer) -> list[int]:
+    """[BOS] if the tokenizer itself begins a text with it (Llama), else []. It belongs once, at the query's start."""
+    with_special, plain = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    return [tokenizer.bos_token_id] if with_special[:1] == [tokenizer.bos_token_id] != plain[:1] else []
+
+
+def post_parts(subreddit: str, title: str, post: str) -> tuple[str, str, str]:
+    """
+    The query of a post in three parts (head, body, tail), of which only the body may be cut.
+
+    >>> "".join(post_parts("cats", "My cat", "She ate my lunch."))
+    'SUBREDDIT: r/cats\\n\\nTITLE: My cat\\n\\nPOST: She ate my lunch.\\n\\nTL;DR:'
+    """
+    # No space after the last colon: the response brings its own, since " word" is one token of a byte-level BPE. A
+    # space left at the query's end would put every first word into a form that the model has hardly ever seen.
+    return f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: ", post, "\n\nTL;DR:"
+
+
+def fit_queries(tokenizer, parts: list[tuple[str, str, str]], max_tokens: int) -> list[str]:
+    """
+    Join each (head, body, tail) to a query of at most `max_tokens`; "" if even an empty body does not fit.
+
+    >>> fit_queries(tokenizer, [("POST: ", "one\\ntwo\\nthree", "\\n\\nTL;DR:")], 10)    # where all would need 12
+    ['POST: one\\ntwo\\n\\nTL;DR:']
+    """
+    queries, room = ["".join(part) for part in parts], max_tokens - len(bos_prefix(tokenizer))
+    for i, ids in enumerate(encode(tokenizer, queries)):
+        head, body, tail = parts[i]
+        # Detail 2 (query truncation): cut the post at its last newline, again and again; where none is left, drop one
+        # character at a time. Never a hard cut of tokens: that would lose the "TL;DR:" that asks for the summary.
+        while len(ids) > room and body:
+            newline = body.rfind("\n")
+            body = body[:newline] if newline >= 0 else body[:-1]
+            ids = encode(tokenizer, [head + body + tail])[0]
+        queries[i] = head + body + tail if len(ids) <= room else ""
+    return queries
+
+
+def tokenize_posts(rows: dict, tokenizer, max_query: int, max_response: int, max_both: int) -> dict:
+    """
+    One batch of raw posts -> one batch of rows with text and token ids, for `datasets.map(batched=True)`.
+
+    Returns `id`; `query`, `reference` (text); `query_tokens` (ids, BOS first if the tokenizer has one); `tokens` (ids of
+    query and reference, EOS last); `problem` (why the row cannot be used, or "").
+    """
+    fields = ("subreddit", "title", "post", "summary")
+    # A field that is no text stands in as "", so that all lists stay aligned; its problem keeps the row out in the end.
+    texts = [[value if isinstance(value, str) else "" for value in rows[field]] for field in fields]
+    queries = fit_queries(tokenizer, [post_parts(*part) for part in zip(*texts[:3])], max_query)
+    # The completion begins with one space (summaries lack it, preference texts have it) and ends with EOS (Detail 3).
+    references = [" " + summary.lstrip() for summary in texts[3]]
+    bos, eos = bos_prefix(tokenizer), [tokenizer.eos_token_id]
+    query_tokens = [bos + ids for ids in encode(tokenizer, queries)]
+    # Detail 5 (joined): query and response are joined as text and tokenized together.
+    tokens = [bos + ids + eos for ids in encode(tokenizer, [q + r for q, r in zip(queries, references)])]
+    problems = []
+    for i, (ids, both) in enumerate(zip(query_tokens, tokens)):
+        problem = [f"{field} is missing or is no text" for field in fields if not isinstance(rows[field][i], str)]
+        problem += ["summary is empty"] * (not references[i].strip())
+        problem += [f"the post cannot be cut to {max_query} query tokens (--max_query_length)"] * (not queries[i])
+        # Detail 4 (lengths): a response that is too long is left out, not cut, since cutting it would remove its EOS.
+        too_long = len(both) - len(ids) > max_response
+        problem += [f"the response is longer than {max_response} tokens (--max_response_length)"] * too_long
+        problem += [f"longer than {max_both} tokens (--max_query_response_length)"] * (len(both) > max_both)
+        problems.append(problem[0] if problem else "")
+    ids = [str(i) for i in rows["id"]]
+    return dict(
+        id=ids, query=queries, reference=references, query_tokens=query_tokens, tokens=tokens, problem=problems
+    )
+
+
+def keep_usable(rows, name: str, accelerator: Accelerator):
+    """Leave out the rows that have a problem, and say how many they are, why, and which (the first few)."""
+    left_out = defaultdict(list)
+    for i, problem in enumerate(rows["problem"]):
+        left_out[problem].append(i)
+    keep = left_out.pop("", [])
+    accelerator.print(f"{name}: {len(keep):,} of {len(rows):,} rows can be used")
+    for problem, numbers in left_out.items():
+        ids = ", ".join(rows[numbers[:5]]["id"]) + (", ..." if len(numbers) > 5 else "")
+        accelerator.print(f"  left out: {len(numbers):,} x {problem} (id {ids})")
+    if not keep:
+        fail(f"{name}: no usable row; the first problem is: {rows[0]['problem']}")
+    return rows.select(keep) if left_out else rows
+
+
+def load_posts(source: str, split: str, tokenizer, limits: tuple[int, int, int], accelerator: Accelerator):
+    """One split of posts, formatted and tokenized (see `tokenize_posts`); unusable rows are named and left out."""
+    # Detail 1 (specification): the columns and splits of the paper's TL;DR set.
+    with accelerator.main_process_first():  # one process tokenizes, the others read its cache
+        rows = load_split(source, split, ["id", "subreddit", "title", "post", "summary"], "--query_dataset")
+        rows = rows.map(
+            tokenize_posts,
+            batched=True,
+            fn_kwargs=dict(tokenizer=tokenizer, max_query=limits[0], max_response=limits[1], max_both=limits[2]),
+            remove_columns=rows.column_names,
+            desc=f"tokenizing posts, {split}",
+        )
+    return keep_usable(rows, f"posts, {split}", accelerator)
+
+
+def take_rows(num_rows: int, seed: int, start: int, stop: int) -> np.ndarray:
+    """Row numbers at positions start .. stop-1 of the endless stream of rows, which has a new order in every pass."""
+    # Detail S (data order): every process computes the same stream from the same seed and then takes its own share.
+    # Shuffling with a seed of one's own per process and sharding after that lets 8 processes see 66% of the rows.
+    passes = range(start // num_rows, (stop - 1) // num_rows + 1)
+    stream = np.concatenate([np.random.default_rng([seed, epoch]).permutation(num_rows) for epoch in passes])
+    return stream[start - passes[0] * num_rows :][: stop - start]
+
+
+def deal_micro_batches(rows: np.ndarray, lengths: np.ndarray, micro: int, accelerator: Accelerator) -> list[np.ndarray]:
+    """Cut a global batch of row numbers into micro-batches of similar `lengths` (of all rows); return this process's."""
+    # The longest come first: if memory does not suffice, it shows in the first step. The order changes no gradient,
+    # since the loss is normalised over the whole global batch.
+    by_length = rows[np.argsort(-lengths[rows], kind="stable")]
+    first, step = accelerator.process_index * micro, accelerator.num_processes * micro
+    return [by_length[start + first : start + first + micro] for start in range(0, len(rows), step)]
+
+
+def pad_rows(rows: list, pad_token_id: int, side: str, device) -> torch.Tensor:
+    """Token ids of different lengths -> one (B, T) tensor, padded on one side to the longest of them and no further."""
+    width = max(len(row) for row in rows)
+    padded = torch.full((len(rows), width), pad_token_id, dtype=torch.long)  # (B, T)
+    for i, row in enumerate(rows):
+        where = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+        padded[i, where] = torch.tensor(row)
+    return padded.to(device)
+
+
+# ---- Models ----------------------------------------------------------------------------------------------------------
+
+
+def model_folder(path: str) -> str:
+    """`path`, or its subfolder model/ if `path` is the output folder of a run."""
+    inside = os.path.join(path, "model")
+    return inside if os.path.exists(os.path.join(inside, "config.json")) else path
+
+
+def load_config(path: str, flag: str, base_model: Optional[str] = None):
+    """
+    The config of a model folder or hub id, with every kind of dropout switched off.
+
+    --base_model gives it where a folder has none; one that contradicts the folder ends the run.
+    """
+    if base_model and os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
+        return load_config(base_model, "--base_model")
+    message = f"{flag} {path}: not a model folder, and not a model that the hub gives"
+    config = attempt(lambda: AutoConfig.from_pretrained(path), message)
+    if base_model:
+        base = load_config(base_model, "--base_model")
+        for name in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+            if getattr(config, name, None) != getattr(base, name, None):
+                ours, theirs = getattr(config, name, None), getattr(base, name, None)
+                fail(f"--base_model {base_model} contradicts {flag} {path}: {name} is {theirs} there and {ours} here")
+    # Detail 7 (dropout off): with dropout, the same tokens get another logprob in every forward pass: the KL penalty is
+    # noise and PPO's first ratios are not 1. Set in the config, before the model is built: some models (GPT-NeoX's
+    # attention) read it from there, and zeroing the p of every nn.Dropout would miss them.
+    for name, value in config.to_dict().items():
+        if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, (int, float)):
+            setattr(config, name, 0.0)
+    return config
+
+
+def check_positions(config, needed: int, flags: str):
+    """Refuse lengths for which the model has no positions."""
+    positions = getattr(config, "max_position_embeddings", None) or math.inf
+    if needed > positions:
+        fail(f"{flags}: {needed} positions are needed, but the model has only {positions}; lower the flags")
+
+
+def add_pad_row(model, pad_token_id: int):
+    """Make sure that the embedding has a row for [PAD], and tell the config of it."""
+    # Pythia has spare rows. Llama and GPT-2 have not: they get one row, the mean of the others. The scripts never read
+    # it, but plain transformers could not load or batch the folder without it. A row of zeros would be worse than none
+    # in the head: its logit 0 can exceed every other.
+    if pad_token_id >= model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(pad_token_id + 1, mean_resizing=False)
+        for layer in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
+            layer.weight.data[pad_token_id] = layer.weight.data[:pad_token_id].mean(0)
+    model.config.pad_token_id = pad_token_id
+
+
+def load_causal_lm(path: str, config, tokenizer, flag: str):
+    """A causal language model with fp32 parameters."""
+    # Detail 8 (fp32 masters): transformers keeps the checkpoint's dtype, and Pythia's is fp16. At lr 3e-6 most updates
+    # would be rounded away there. bf16 is for the computation only (autocast, or DeepSpeed's).
+    model, info = attempt(
+        lambda: AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=torch.float32, output_loading_info=True
+        ),
+        f"{flag} {path}: no causal language model can be loaded from there",
+    )
+    if info["missing_keys"]:  # a reward model's folder, say: its missing head would silently be random
+        fail(f"{flag} {path}: not a causal language model, it has no weights for {sorted(info['missing_keys'])[0]}")
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        fail(f"{flag} {path}: {type(model).__name__} does not take logits_to_keep, which these scripts rely on")
+    add_pad_row(model, tokenizer.pad_token_id)
+    # What plain `model.generate` will need of the saved folder: where to stop, and what to pad with.
+    special = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, **special)
+    return model
+
+
+def model_inputs(token_ids: torch.Tensor, pad_token_id: int) -> dict:
+    """
+    What a transformers model takes, from padded ids (B, T): pads on either side are masked out, fed as id 0, and not
+    counted by the position ids.
+
+    >>> model_inputs(torch.tensor([[9, 9, 5, 6]]), pad_token_id=9)["position_ids"]
+    tensor([[0, 0, 0, 1]])
+    """
+    attention_mask = token_ids != pad_token_id  # (B, T)
+    # Detail 6 (positions): harmless to forget with rotary embeddings, wrong with learned positions such as GPT-2's.
+    position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)  # (B, T)
+    input_ids = token_ids.masked_fill(~attention_mask, 0)  # (B, T)
+    return dict(input_ids=input_ids, attention_mask=attention_mask.long(), position_ids=position_ids)
+
+
+def last_token_index(token_ids: torch.Tensor, pad_token_id: int) -> torch.Tensor:
+    """
+    Index of the last token that is not [PAD] in each row of (B, T), whichever side is padded -> (B,).
+
+    >>> last_token_index(torch.tensor([[9, 5, 0, 9], [5, 5, 5, 0]]), pad_token_id=9)
+    tensor([2, 3])
+    """
+    # Detail 12 (reward at EOS): a response ends with EOS, so its last real token is where the reward is read. Looking
+    # for the first [PAD] instead would find the left padding of PPO's queries.
+    index = torch.arange(token_ids.shape[1], device=token_ids.device)
+    return ((token_ids != pad_token_id) * index).argmax(1)
+
+
+def save_model(model, state_dict: dict, tokenizer, padding_side: str, output_dir: str):
+    """Write OUTPUT_DIR/model (safetensors, config, tokenizer), complete in itself, whole or not at all."""
+    temporary, final = os.path.join(output_dir, "model.tmp"), os.path.join(output_dir, "model")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary, state_dict=state_dict)
+    tokenizer.padding_side = padding_side
+    tokenizer.save_pretrained(temporary)
+    os.rename(temporary, final)
+
+
+class ScalarModel(nn.Module):
+    """A transformer body with one linear output per token: padded ids (B, T) -> (B, T). Reward model and value model."""
+
+    def __init__(self, classifier):
+        super().__init__()
+        self.body, self.pad_token_id = classifier.base_model, classifier.config.pad_token_id
+        self.head = nn.Linear(classifier.score.in_features, 1)
+        self.head.weight.data.copy_(classifier.score.weight.data)  # (1, hidden)
+        # Detail 22 (value model): a network of its own that starts as the reward model, normalisation offset included,
+        # so that its first output at EOS equals the score. From here on, unlike in reward.py, the bias is trained.
+        nn.init.constant_(self.head.bias, -getattr(classifier.config, "normalization_offset", 0.0))
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.body(**model_inputs(token_ids, self.pad_token_id), use_cache=False).last_hidden_state  # (B, T, d)
+        return self.head(hidden).squeeze(-1).float()  # (B, T)
+
+
+def response_logits(policy, query_responses: torch.Tensor, num_tokens: int, pad_token_id: int) -> torch.Tensor:
+    """The logits (B, R', V) that predict the last R' = `num_tokens` tokens of padded ids (B, Q + R')."""
+    # The logits at a position predict the NEXT token: one more position is kept than there are response tokens, and the
+    # last is dropped. Those of the prompt, nine in ten, are never computed.
+    inputs = model_inputs(query_responses, pad_token_id)
+    return policy(**inputs, use_cache=False, logits_to_keep=num_tokens + 1).logits[:, :-1]
+
+
+class PolicyAndValue(nn.Module):
+    """
+    The two trained networks as one module, so that DDP and DeepSpeed wrap, prepare and step them together.
+
+    Padded ids (B, Q + R'), R' -> logits of the response (B, R', V); values before each of its tokens and after the last
+    (B, R' + 1).
+    """
+
+    def __init__(self, policy, value_model: ScalarModel):
+        super().__init__()
+        self.policy, self.value_model = policy, value_model
+
+    def forward(self, query_responses: torch.Tensor, num_tokens: int):
+        logits = response_logits(self.policy, query_responses, num_tokens, self.value_model.pad_token_id)
+        return logits, self.value_model(query_responses)[:, -num_tokens - 1 :]
+
+
+def load_reward_model(path: str, tokenizer) -> ScalarModel:
+    """The reward model of a folder of reward.py, or any sequence classifier with one label, in fp32."""
+    config = load_config(path, "--reward_model_path")
+    if config.num_labels != 1:
+        fail(f"--reward_model_path {path}: the model has {config.num_labels} labels; a reward model has one")
+    load = functools.partial(AutoModelForSequenceClassification.from_pretrained, path, config=config)
+    message = f"--reward_model_path {path}: no reward model can be loaded from there"
+    model, info = attempt(lambda: load(dtype=torch.float32, output_loading_info=True), message)
+    if info["missing_keys"] or not hasattr(model, "score"):
+        fail(f"--reward_model_path {path}: not a reward model, it has no weights for its head (score)")
+    add_pad_row(model, tokenizer.pad_token_id)
+    return ScalarModel(model)
+
+
+def load_networks(args, config, tokenizer):
+    """Policy and value model as one module, the reference policy, the reward model: four networks, nothing shared."""
+    sft_path, reward_path = model_folder(args.sft_model_path), model_folder(args.reward_model_path)
+    other = load_tokenizer(reward_path, "--reward_model_path", args.base_model)
+    if other.get_vocab() != tokenizer.get_vocab() or other.eos_token_id != tokenizer.eos_token_id:
+        fail(f"--reward_model_path {reward_path}: its tokenizer is not that of --sft_model_path {sft_path}")
+    policy, reference = [load_causal_lm(sft_path, config, tokenizer, "--sft_model_path") for _ in range(2)]
+    value_model, reward_model = [load_reward_model(reward_path, tokenizer) for _ in range(2)]
+    for frozen in (reference, reward_model):  # no gradients, no optimizer state
+        frozen.requires_grad_(False).eval()
+    return PolicyAndValue(policy, value_model), reference, reward_model
+
+
+def prepare_frozen(model, args, accelerator: Accelerator):
+    """Put a frozen model where it stays between the rollouts."""
+    with_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    if with_deepspeed and args.bf16:
+        model = model.to(torch.bfloat16)  # what DeepSpeed makes of the policy: the same computation, so KL starts at 0
+    if not args.offload:
+        return model.to(accelerator.device)
+    if not with_deepspeed:
+        return model
+    import deepspeed  # only who launches with DeepSpeed needs it
+
+    # ZeRO-3 keeps the parameters in CPU memory and brings each layer to the device when it is needed (Detail 8).
+    zero = {"stage": 3, "offload_param": {"device": "cpu"}}
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, "bf16": {"enabled": args.bf16}}
+    return deepspeed.initialize(model=model, config=config)[0].eval()
+
+
+@contextlib.contextmanager
+def on_device(model, args, accelerator: Accelerator):
+    """The frozen model, on the device while it is needed; with --offload it goes back (DeepSpeed does that itself)."""
+    moves = args.offload and accelerator.distributed_type != DistributedType.DEEPSPEED
+    yield model.to(accelerator.device) if moves else model
+    if moves:
+        model.to("cpu")
+
+
+# ---- The mathematics of PPO ------------------------------------------------------------------------------------------
+
+
+def linear_factor(update: int, num_updates: int, warm_up_steps: int) -> float:
+    """
+    Learning rate of update 0, 1, ... as a share of its peak: a linear rise over the warm-up, then a line to 0.
+
+    >>> [linear_factor(u, 4, 0) for u in range(4)]
+    [1.0, 0.75, 0.5, 0.25]
+    """
+    if update < warm_up_steps:
+        return update / warm_up_steps
+    return 1.0 - (update - warm_up_steps) / max(1, num_updates - warm_up_steps)
+
+
+def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Log-probability of each token (B, R) under the distribution it was sampled from, given by logits (B, R, V)."""
+    # Detail T (temperature): the logits are divided by the sampling temperature, for policy and reference, in rollout
+    # and training. Without it the ratios would be those of a distribution that nothing was sampled from.
+    scaled = logits.float() / (temperature + 1e-7)
+    return -F.cross_entropy(scaled.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
+
+
+@torch.no_grad()
+def token_entropies(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Entropy in nats of the distribution that each token is sampled from: logits (B, R, V) -> (B, R)."""
+    rows = [(row.float() / (temperature + 1e-7)).log_softmax(-1) for row in logits]  # each (R, V)
+    return torch.stack([-(row.exp() * row).sum(-1) for row in rows])
+
+
+def response_masks(responses: torch.Tensor, pad_token_id: int):
+    """
+    Sampled responses (B, R) with [PAD] after their EOS -> the INDEX of the last token (B,); padding_mask (B, R), True
+    after the last token; padding_mask_p1 (B, R), True from two after the last token on.
+
+    >>> response_masks(torch.tensor([[5, 0, 9, 9]]), pad_token_id=9)     # one token, EOS (0), padding
+    (tensor([1]), tensor([[False, False,  True,  True]]), tensor([[False, False, False,  True]]))
+    """
+    sequence_lengths = (responses != pad_token_id).sum(1) - 1  # (B,)
+    index = torch.arange(responses.shape[1], device=responses.device)  # (R,)
+    return sequence_lengths, index > sequence_lengths[:, None], index > sequence_lengths[:, None] + 1
+
+
+def final_scores(scores: torch.Tensor, responses: torch.Tensor, eos_token_id: int, penalty: Optional[float]):
+    """The reward model's scores (B,), with those of responses (B, R) without EOS replaced by `penalty`."""
+    # Detail 23 (EOS trick): sample the full length, replace what follows the first EOS by [PAD] (`generate` does both),
+    # and give a response without EOS a fixed bad score INSTEAD of what the reward model makes of its last token.
+    # Without that nothing teaches the policy to stop in time.
+    ended = (responses == eos_token_id).any(1)
+    return scores if penalty is None else torch.where(ended, scores, torch.full_like(scores, penalty))
+
+
+def place_rewards(kl: torch.Tensor, scores: torch.Tensor, sequence_lengths: torch.Tensor, kl_coef: float):
+    """
+    Rewards (B, R): minus beta x log-ratio at every token, plus the score at the end. kl (B, R), 0 after the end;
+    scores (B,); sequence_lengths (B,), the index of the last token.
+
+    >>> place_rewards(torch.tensor([[2.0, 2.0, 0.0]]), torch.tensor([10.0]), torch.tensor([1]), kl_coef=0.5)
+    tensor([[-1., -1., 10.]])
+    """
+    rewards = -kl_coef * kl  # (B, R)
+    # Detail R (reward at EOS + 1): the score is added one AFTER EOS where there is room, else at the last token. The
+    # value there is what the critic says having seen EOS. It starts as the reward model, whose output at EOS is that
+    # very score: its first error is 0. That value stays unmasked (padding_mask_p1), while the policy loss ends at EOS.
+    after_end = sequence_lengths + 1
+    end = torch.where(after_end < rewards.shape[1], after_end, sequence_lengths)  # (B,)
+    rewards[torch.arange(len(rewards), device=rewards.device), end] += scores
+    return rewards
+
+
+def whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:
+    """Standard deviation 1, and mean 0 if `shift_mean`, over the entries of (B, R) where `mask`; the rest means nothing."""
+    mean = values[mask].mean()
+    variance = ((values[mask] - mean) ** 2).mean()  # biased
+    whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
+    return whitened if shift_mean else whitened + mean
+
+
+def gae(rewards: torch.Tensor, values: torch.Tensor, gamma: float, lam: float):
+    """
+    Generalized advantage estimation (arXiv 1506.02438): rewards and values (B, R), 0 after the end -> advantages and
+    returns (B, R).
+        delta_t = r_t + gamma V_{t+1} - V_t          advantage_t = delta_t + gamma lambda advantage_{t+1}
+    """
+    advantages, lastgaelam = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        next_values = values[:, t + 1] if t + 1 < rewards.shape[1] else 0.0  # the text is over: nothing is left to come
+        delta = rewards[:, t] + gamma * next_values - values[:, t]
+        advantages[:, t] = lastgaelam = delta + gamma * lam * lastgaelam
+    return advantages, advantages + values
+
+
+def compute_advantages(batch: dict, args) -> dict:
+    """Add to the global rollout batch what PPO trains on: kl, rewards, advantages and returns, all (B, R)."""
+    valid, valid_p1 = ~batch["padding_mask"], ~batch["padding_mask_p1"]
+    # Detail K (log-ratio): the k1 estimate of KL; summed over a response it is >= 0 only in expectation. After the end
+    # both logprobs are the same filler, so it is 0 there.
+    kl = batch["logprobs"] - batch["ref_logprobs"]
+    rewards = place_rewards(kl, batch["scores"], batch["sequence_lengths"], args.kl_coef)
+    # Detail 24 (reward whitening): optional, off in the released runs. The mean is not shifted: its sign has a meaning.
+    if args.whiten_rewards:
+        rewards = whiten(rewards, valid_p1, shift_mean=False).masked_fill(~valid_p1, 0.0)
+    advantages, returns = gae(rewards, batch["values"], args.gamma, args.lam)
+    # Detail 25 (advantage whitening): over the valid tokens of the whole global batch, so that the size of a step does
+    # not depend on the scale of the rewards.
+    advantages = whiten(advantages, valid).masked_fill(~valid, 0.0)
+    return batch | {"kl": kl, "rewards": rewards, "advantages": advantages, "returns": returns}
+
+
+def policy_loss(new_logprobs, old_logprobs, advantages, cliprange: float):
+    """PPO's clipped surrogate: (B, R) each -> loss, probability ratio, and whether clipping made the loss larger."""
+    ratio = torch.exp(new_logprobs - old_logprobs)
+    unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1.0 - cliprange, 1.0 + cliprange)
+    # The worse of the two: what improves beyond the clip range earns nothing more, what gets worse always costs.
+    return torch.max(unclipped, clipped), ratio, clipped > unclipped
+
+
+def value_loss(values, old_values, returns, cliprange_value: float):
+    """0.5 x the larger of clipped and unclipped squared error: (B, R) each -> loss, and whether clipping made it larger."""
+    clipped_values = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+    unclipped, clipped = (values - returns) ** 2, (clipped_values - returns) ** 2
+    return 0.5 * torch.max(unclipped, clipped), clipped > unclipped
+
+
+# ---- Rollout: sample responses, and all that training needs to know of them ------------------------------------------
+
+
+@torch.no_grad()
+def generate(model, queries: torch.Tensor, response_length: int, temperature: float, tokenizer, generator):
+    """
+    Sample a response to each query, token by token, with a KV cache that rows leave when they have ended.
+
+    queries (B, Q), LEFT-padded, so that every response begins right after its query. Returns (B, R): up to
+    `response_length` tokens, [PAD] after the first EOS. Each row consumes its own row of random numbers, so what is
+    sampled for a row does not depend on which other rows are still there.
+    """
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    num_rows, device = queries.shape[0], queries.device
+    responses = torch.full((num_rows, response_length), pad, device=device)  # (B, R)
+    uniforms = torch.rand((num_rows, response_length), generator=generator, device=device, dtype=torch.float64)
+    alive = torch.arange(num_rows, device=device)  # rows that have not ended, (A,)
+    inputs, cache = model_inputs(queries, pad), None
+    for t in range(response_length):
+        # The prompt's logits are never computed: only those of the last position are kept.
+        output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits = output.logits[:, -1].float() / (temperature + 1e-7)  # (A, V)
+        # Ids that stand for no text ([PAD], spare rows of the embedding) must not be sampled: a [PAD] within a
+        # response would look like its end.
+        logits[:, pad] = -torch.inf
+        logits[:, len(tokenizer) :] = -torch.inf
+        # Inverse-CDF sampling: the first token whose cumulative probability exceeds u. In float64, since in float32
+        # a sum over 50,000 probabilities would round the rare ones away.
+        cdf = logits.double().softmax(-1).cumsum(-1)  # (A, V)
+        token = torch.searchsorted(cdf, uniforms[alive, t, None] * cdf[:, -1:], right=True).squeeze(1)  # (A,)
+        responses[alive, t] = token
+        going_on = (token != eos).nonzero().squeeze(1)  # positions within the alive rows
+        if len(going_on) == 0:
+            break
+        cache, mask, position = output.past_key_values, inputs["attention_mask"], inputs["position_ids"][:, -1:]
+        if len(going_on) < len(alive):
+            cache.batch_select_indices(going_on)
+            alive, token, mask, position = alive[going_on], token[going_on], mask[going_on], position[going_on]
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)  # (A, Q + t + 1)
+        inputs = dict(input_ids=token[:, None], attention_mask=mask, position_ids=position + 1)
+    return responses
+
+
+def seeded_generator(device, *key: int) -> torch.Generator:
+    """A random generator that is a pure function of `key`: the same key gives the same numbers, whatever ran before."""
+    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
+
+@torch.no_grad()
+def score_responses(args, accelerator: Accelerator, networks, queries: torch.Tensor, responses: torch.Tensor) -> dict:
+    """
+    What the four networks say of queries (B, Q), left-padded, and responses (B, R), with [PAD] after EOS: logprobs and
+    ref_logprobs (B, R), INVALID_LOGPROB after the end; values (B, R), 0 from two after the end on; scores (B,).
+    """
+    model, reference, reward_model, tokenizer = networks
+    pad, full = tokenizer.pad_token_id, responses.shape[1]
+    sequence_lengths, padding_mask, padding_mask_p1 = response_masks(responses, pad)
+    # Detail V (values of what was sampled): no value depends on tokens after it, and the last one used, at EOS + 1, has
+    # read up to EOS. So the values before and after truncation are the same, and the longest response is wide enough.
+    width = int(sequence_lengths.max()) + 1  # R'
+    query_responses = torch.cat([queries, responses[:, :width]], dim=1)  # (B, Q + R')
+    tokens = responses[:, :width].masked_fill(padding_mask[:, :width], 0)  # (B, R'); any id will do where there is none
+
+    def widened(rows, fill, mask):  # (B, about R') -> (B, R), `fill` where the mask is True or nothing was computed
+        return F.pad(rows[:, :full], (0, max(0, full - rows.shape[1]))).masked_fill(mask, fill)
+
+    with accelerator.autocast():
+        # Detail P (old logprobs): from a full forward pass, the computation that training makes too, not from sampling:
+        # the KV cache rounds differently (in bf16 the first ratios would scatter by 0.05 instead of being 1).
+        logits, values = accelerator.unwrap_model(model)(query_responses, width)
+        logprobs = token_logprobs(logits, tokens, args.temperature)  # (B, R')
+        with on_device(reference, args, accelerator) as ref:
+            ref_logits = response_logits(ref, query_responses, width, pad)
+        ref_logprobs = token_logprobs(ref_logits, tokens, args.temperature)  # (B, R')
+        with on_device(reward_model, args, accelerator) as rm:
+            outputs = rm(query_responses)  # (B, Q + R')
+    scores = outputs.gather(1, last_token_index(query_responses, pad)[:, None]).squeeze(1)  # (B,)
+    logprobs = widened(logprobs, INVALID_LOGPROB, padding_mask)
+    ref_logprobs = widened(ref_logprobs, INVALID_LOGPROB, padding_mask)
+    return dict(
+        logprobs=logprobs, ref_logprobs=ref_logprobs, values=widened(values, 0.0, padding_mask_p1), scores=scores
+    )
+
+
+def rollout(args, accelerator: Accelerator, networks, query_tokens: list, temperature: float, size: int, key: int) -> dict:
+    """Sample and score one response to each query, `size` at a time: see `score_responses`, plus queries, responses."""
+    tokenizer, policy = networks[-1], accelerator.unwrap_model(networks[0]).policy
+    pad, width = tokenizer.pad_token_id, max(len(ids) for ids in query_tokens)  # Q
+    # Every process samples with a seed of its own (while all share the order of the data), and anew for every key, so
+    # that a run can go on from any update without a stored random state.
+    generator = seeded_generator(accelerator.device, args.seed + 100003 * accelerator.process_index, key)
+    order = np.argsort([-len(ids) for ids in query_tokens], kind="stable")  # similar lengths together: little padding
+    parts = []
+    for start in range(0, len(order), size):
+        queries = pad_rows([query_tokens[i] for i in order[start : start + size]], pad, "left", accelerator.device)
+        with accelerator.autocast():
+            responses = generate(policy, queries, args.response_length, temperature, tokenizer, generator)
+        part = score_responses(args, accelerator, networks, queries, responses)
+        queries = F.pad(queries, (width - queries.shape[1], 0), value=pad)  # (b, Q), as wide as those of all chunks
+        parts.append(part | {"queries": queries, "responses": responses})
+    back = torch.tensor(np.argsort(order, kind="stable"), device=accelerator.device)  # to the order of the data again
+    batch = {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
+    batch["raw_scores"] = batch["scores"]
+    batch["scores"] = final_scores(
+        batch["scores"], batch["responses"], tokenizer.eos_token_id, args.missing_eos_penalty
+    )
+    return batch
+
+
+def share_rollout(batch: dict, pad_token_id: int, accelerator: Accelerator) -> dict:
+    """The rollouts of all processes as one global batch, the same on each of them, with masks."""
+    queries = accelerator.pad_across_processes(batch["queries"], dim=1, pad_index=pad_token_id, pad_first=True)
+    batch = {name: accelerator.gather(value) for name, value in (batch | {"queries": queries}).items()}
+    masks = response_masks(batch["responses"], pad_token_id)
+    return batch | dict(zip(("sequence_lengths", "padding_mask", "padding_mask_p1"), masks))
+
+
+# ---- Training --------------------------------------------------------------------------------------------------------
+
+
+def micro_batch_losses(args, model, batch: dict, rows: np.ndarray, pad: int) -> dict:
+    """Losses and statistics of some rows of the global batch, as SUMS over their valid tokens, to be divided later."""
+    part = {name: value[rows] for name, value in batch.items()}
+    width = int(part["sequence_lengths"].max()) + 1  # R', the longest response here
+    first_column = int((part["queries"] != pad).any(0).int().argmax())  # left padding that no row here needs
+    responses, padding_mask = part["responses"][:, :width], part["padding_mask"][:, :width]
+    query_responses = torch.cat([part["queries"][:, first_column:], responses], dim=1)  # (B, Q + R')
+
+    logits, values = model(query_responses, width)  # (B, R', V), (B, R' + 1)
+    logprobs = token_logprobs(logits, responses.masked_fill(padding_mask, 0), args.temperature)
+    logprobs = logprobs.masked_fill(padding_mask, INVALID_LOGPROB)  # (B, R')
+    old_logprobs, advantages = part["logprobs"][:, :width], part["advantages"][:, :width]
+    pg_losses, ratio, pg_clipped = policy_loss(logprobs, old_logprobs, advantages, args.cliprange)
+    # One value more than tokens, at EOS + 1; where the response takes up the full length there is no room for it.
+    old_values, returns, mask_p1 = [part[name][:, : width + 1] for name in ("values", "returns", "padding_mask_p1")]
+    values = values[:, : old_values.shape[1]]
+    vf_losses, vf_clipped = value_loss(values, old_values, returns, args.cliprange_value)
+
+    # Detail W (valid tokens): every sum is over real tokens. A mean that counts padding is diluted by 53 / length.
+    valid, valid_p1 = ~padding_mask, ~mask_p1
+    with torch.no_grad():
+        stats = {
+            "approxkl": (0.5 * (logprobs - old_logprobs) ** 2)[valid].sum(),
+            "clipfrac": pg_clipped[valid].sum(),
+            "entropy": token_entropies(logits, args.temperature)[valid].sum(),
+            "ratio": ratio[valid].sum(),
+            "ratio_sq": (ratio[valid] ** 2).sum(),
+            "value_clipfrac": vf_clipped[valid_p1].sum(),
+            "ratio_dev": (ratio[valid] - 1).abs().max(),
+        }
+    return stats | {"policy": pg_losses[valid].sum(), "value": vf_losses[valid_p1].sum()}
+
+
+def ppo_update(args, accelerator: Accelerator, model, optimizer, batch: dict, pad: int, update: int) -> dict:
+    """All epochs and minibatches of PPO on one global batch; returns the statistics of the update as floats."""
+    lengths = ((batch["queries"] != pad).sum(1) + batch["sequence_lengths"]).cpu().numpy()  # (B,)
+    steps, first_deviation = [], torch.zeros((), device=accelerator.device)
+    for epoch in range(args.num_ppo_epochs):
+        permutation = np.random.default_rng([args.seed, update, epoch]).permutation(len(lengths))
+        for minibatch in np.split(permutation, args.num_mini_batches):
+            num_tokens = (~batch["padding_mask"][minibatch]).sum()
+            num_values = (~batch["padding_mask_p1"][minibatch]).sum()
+            sums = defaultdict(float)
+            for mine in deal_micro_batches(minibatch, lengths, args.local_micro_batch_size, accelerator):
+                with accelerator.accumulate(model):
+                    stats = micro_batch_losses(args, model, batch, mine, pad)
+                    loss = stats["policy"] / num_tokens + args.vf_coef * stats["value"] / num_values
+                    # accelerate divides by the accumulation steps and averages over the processes; both are undone, so
+                    # that the gradient is that of the mean over the minibatch, however it is cut.
+                    accelerator.backward(loss * args.gradient_accumulation_steps * accelerator.num_processes)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                if not steps:  # the first optimizer step of the update: nothing has moved yet
+                    first_deviation = torch.maximum(first_deviation, stats["ratio_dev"])
+                for name, value in stats.items():
+                    sums[name] += value.detach()
+            counts = {"value": num_values, "value_clipfrac": num_values}
+            steps.append(torch.stack([total / counts.get(name, num_tokens) for name, total in sums.items()]))
+    # One exchange between the processes for all statistics: (optimizer steps, statistics).
+    table = accelerator.reduce(torch.stack(steps), "sum").cpu()
+    mean = dict(zip(sums, table.mean(0).tolist()))
+    return {
+        "loss/policy_avg": mean["policy"],
+        "loss/value_avg": mean["value"],
+        "policy/approxkl_avg": mean["approxkl"],
+        "policy/clipfrac_avg": mean["clipfrac"],
+        "policy/entropy_avg": mean["entropy"],
+        "val/clipfrac_avg": mean["value_clipfrac"],
+        "val/ratio": mean["ratio"],
+        "val/ratio_var": max(0.0, mean["ratio_sq"] - mean["ratio"] ** 2),
+        "val/ratio_first": table[0, list(sums).index("ratio")].item(),
+        "val/ratio_first_dev": accelerator.gather(first_deviation[None]).max().item(),
+    }
+
+
+def rollout_metrics(batch: dict, args, eos_token_id: int) -> dict:
+    """What the samples of one update are like: means over responses; within a response, sums over its tokens."""
+    kl, non_score_reward = batch["kl"].sum(1), -args.kl_coef * batch["kl"].sum(1)  # (B,)
+    ended = (batch["responses"] == eos_token_id).any(1)  # (B,)
+    return {
+        "objective/kl": kl.mean().item(),
+        "objective/entropy": -batch["logprobs"].masked_fill(batch["padding_mask"], 0.0).sum(1).mean().item(),
+        "objective/non_score_reward": non_score_reward.mean().item(),
+        "objective/scores": batch["scores"].mean().item(),
+        "objective/rlhf_reward": (batch["scores"] + non_score_reward).mean().item(),
+        "objective/rm_scores": batch["raw_scores"].mean().item(),
+        "objective/response_length": (batch["sequence_lengths"] + 1).float().mean().item(),
+        "val/num_eos_tokens": ended.sum().item(),
+        "val/eos_share": ended.float().mean().item(),
+    }
+
+
+def print_update(metrics: dict, batch: dict, posts: dict, tokenizer, every: int, update: int, num_updates: int):
+    """One short line per update; now and then two samples of the rollout beside it."""
+    line = f"update {update + 1}/{num_updates}"
+    for name in ("objective/scores", "objective/kl", "objective/rlhf_reward", "objective/response_length"):
+        line += f"  {name.split('/')[1]} {metrics[name]:.3f}"
+    tqdm.write(f"{line}  ratio_first {metrics['val/ratio_first']:.5f}  {metrics['eps']:.1f} episodes/s")
+    if every and (update + 1) % every == 0:
+        texts = tokenizer.batch_decode(batch["responses"][:2], skip_special_tokens=True)
+        columns = zip(posts["query"], texts, posts["reference"])
+        samples = [dict(zip(("query", "response", "reference"), column)) for column in columns]
+        show_samples(samples, f"samples of the rollout of update {update + 1}")
+
+
+def train(args, accelerator: Accelerator, networks, optimizer, posts, batch_size: int, num_updates: int) -> dict:
+    """The training loop: roll out, compute advantages, optimize, log. Returns the metrics of the last update."""
+    model, tokenizer = networks[0], networks[-1]
+    local, started, metrics = batch_size // accelerator.num_processes, time.time(), {}
+    for update in tqdm(range(num_updates), desc="PPO", disable=not accelerator.is_main_process, mininterval=2):
+        # Detail L (lr and minibatches): the learning rate falls on a line, set by hand at every update. (And minibatches
+        # are drawn anew in every PPO epoch: see `ppo_update`.)
+        lr = args.lr * linear_factor(update, num_updates, args.warm_up_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        # Detail 21 (prompts): the posts of SFT, in a new order in every pass. All processes know the order; each takes
+        # its part of it.
+        rows = take_rows(len(posts), args.seed, update * batch_size, (update + 1) * batch_size)
+        mine = rows[accelerator.process_index * local : (accelerator.process_index + 1) * local]
+        begin = time.time()
+        size = args.local_rollout_forward_batch_size
+        batch = rollout(args, accelerator, networks, posts[mine]["query_tokens"], args.temperature, size, update)
+        batch = compute_advantages(share_rollout(batch, tokenizer.pad_token_id, accelerator), args)
+        middle = time.time()
+        stats = ppo_update(args, accelerator, model, optimizer, batch, tokenizer.pad_token_id, update)
+        episode, now = (update + 1) * batch_size, time.time()
+        metrics = {"episode": episode, "epoch": episode / len(posts)}
+        metrics |= rollout_metrics(batch, args, tokenizer.eos_token_id) | stats | {"lr": lr}
+        metrics |= {"eps": episode / (now - started), "time/rollout": middle - begin, "time/train": now - middle}
+        log_metrics(metrics, args, accelerator)
+        if accelerator.is_main_process:
+            print_update(metrics, batch, posts[rows[:2]], tokenizer, args.print_samples_every, update, num_updates)
+    return metrics
+
+
+# ---- Records and evaluation ------------------------------------------------------------------------------------------
+
+
+def start_records(args, accelerator: Accelerator):
+    """Claim the output folder: write args.json (flags, versions, commit, command) and start the tracker if asked."""
+    if not accelerator.is_main_process:
+        return
+    os.makedirs(args.output_dir, exist_ok=True)
+    here = os.path.dirname(os.path.abspath(__file__))
+    git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True)
+    packages = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
+    record = {"args": asdict(args), "command": sys.argv, "seed": args.seed, "git_commit": git.stdout.strip() or None}
+    record["versions"] = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
+    record["launch"] = f"{accelerator.num_processes} x {accelerator.device.type}, {accelerator.distributed_type.value}"
+    write_whole(os.path.join(args.output_dir, "args.json"), json.dumps(record, indent=2) + "\n")
+    if args.track:
+        name = f"{args.exp_name}__{args.seed}"
+        project, entity = args.wandb_project_name, args.wandb_entity
+        wandb.init(project=project, entity=entity, name=name, config=record, dir=args.output_dir)
+
+
+def log_metrics(metrics: dict, args, accelerator: Accelerator):
+    """Append one flat line to metrics.jsonl (and to the tracker). A number that is not finite ends the run here."""
+    broken = [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
+    if broken:
+        raise FloatingPointError(f"{', '.join(broken)} is not finite at episode {metrics['episode']}: {metrics}")
+    if accelerator.is_main_process:
+        with open(os.path.join(args.output_dir, "metrics.jsonl"), "a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+        if args.track:
+            wandb.log(metrics)
+
+
+def finish_records(summary: dict, args, accelerator: Accelerator):
+    """Write summary.json, print it as a table, close the tracker and share the model if asked."""
+    if not accelerator.is_main_process:
+        return
+    write_whole(os.path.join(args.output_dir, "summary.json"), json.dumps(summary, indent=2) + "\n")
+    print(f"\n{args.exp_name}: results, also in {args.output_dir}/summary.json")
+    for name, value in summary.items():
+        print(f"  {name:<34}{value:.4f}" if isinstance(value, float) else f"  {name:<34}{value}")
+    if args.track:
+        wandb.summary.update(summary)
+        wandb.finish()
+    if args.push_to_hub:
+        HfApi().create_repo(args.hf_repo_id, exist_ok=True)
+        for folder, files in ((f"{args.output_dir}/model", None), (args.output_dir, ["args.json", "metrics.jsonl"])):
+            HfApi().upload_folder(repo_id=args.hf_repo_id, folder_path=folder, allow_patterns=files)
+
+
+def show_samples(samples: list[dict], title: str):
+    """Print a few samples for a person to read: the end of the query, what the model wrote, what a person wrote."""
+    tqdm.write(f"--- {title}")
+    for sample in samples:
+        tqdm.write(f"    post      ...{sample['query'][-160:]!r}")
+        tqdm.write(f"    response  {sample['response'].strip()!r}")
+        tqdm.write(f"    reference {sample['reference'].strip()!r}")
+
+
+def evaluation_samples(args, accelerator: Accelerator, networks, posts) -> list[dict]:
+    """A response to each of this process's posts, with the scores of response and reference."""
+    tokenizer, samples, size = networks[-1], [], args.local_eval_batch_size
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    for start in tqdm(range(0, len(posts), size), desc="evaluation", disable=not accelerator.is_main_process):
+        rows = posts[start : start + size]
+        batch = rollout(args, accelerator, networks, rows["query_tokens"], args.eval_temperature, size, start)
+        references = [tokens[len(query) :] for tokens, query in zip(rows["tokens"], rows["query_tokens"])]
+        references = pad_rows(references, pad, "right", accelerator.device)  # (B, R)
+        reference_scores = score_responses(args, accelerator, networks, batch["queries"], references)["scores"]
+        kl = (batch["logprobs"] - batch["ref_logprobs"]).sum(1)  # (B,), of the distributions at --temperature
+        for i, text in enumerate(tokenizer.batch_decode(batch["responses"], skip_special_tokens=True)):
+            sample = dict(id=rows["id"][i], query=rows["query"][i], response=text.strip())
+            sample |= dict(reference=rows["reference"][i].strip(), score=batch["scores"][i].item())
+            sample |= dict(reference_score=reference_scores[i].item(), kl=kl[i].item())
+            sample |= dict(tokens=int((batch["responses"][i] != pad).sum()), ended=eos in batch["responses"][i].tolist())
+            samples.append(sample)
+    return samples
+
+
+def evaluate(args, accelerator: Accelerator, networks, posts) -> dict:
+    """Sample and score a response to every post of the evaluation split; writes the samples, returns their means."""
+    posts = posts.select(range(min(args.max_eval_rows or len(posts), len(posts))))
+    # Every row is counted once, whatever the number of processes: process i takes rows i, i + n, i + 2n, ...
+    n = accelerator.num_processes
+    mine = posts.select(range(accelerator.process_index, len(posts), n))
+    samples = gather_object([evaluation_samples(args, accelerator, networks, mine)])
+    if not accelerator.is_main_process:
+        return {}
+    samples = pd.DataFrame([samples[i % n][i // n] for i in range(len(posts))])  # in the order of the split again
+    columns = ["id", "query", "response", "reference", "score", "reference_score"]
+    write_whole(f"{args.output_dir}/samples_{args.eval_split}.csv", samples[columns].to_csv(index=False))
+    show_samples(samples[:3].to_dict("records"), f"samples at temperature {args.eval_temperature}")
+    results = {"eval/rows": len(samples), "eval/scores": samples.score.mean(), "eval/kl": samples.kl.mean()}
+    results |= {"eval/reference_scores": samples.reference_score.mean(), "eval/eos_share": samples.ended.mean()}
+    results |= {"eval/rm_win_rate": (samples.score > samples.reference_score).mean()}
+    return {name: float(value) for name, value in (results | {"eval/response_length": samples.tokens.mean()}).items()}
+
+
+def main():
+    # 1. Flags.
+    args = tyro.cli(Args, use_underscores=True, description=__doc__)
+    may_be_zero = ("seed", "total_episodes", "warm_up_steps", "print_samples_every", "kl_coef", "vf_coef", "gamma", "lam")
+    check_flags(args, may_be_zero, any_number=("missing_eos_penalty",))
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    accelerator = start_accelerator(args)
+    torch.manual_seed(args.seed)
+
+    # 2. Sizes: minibatch = micro-batch x accumulation x processes, batch = minibatch x minibatches.
+    local_batch_size = args.local_micro_batch_size * args.gradient_accumulation_steps * args.num_mini_batches
+    batch_size = local_batch_size * accelerator.num_processes
+    num_updates = args.total_episodes // batch_size
+    left_over = args.total_episodes - num_updates * batch_size
+    accelerator.print(f"{num_updates} updates of {batch_size} episodes; {left_over} episodes are left over")
+    if batch_size != PAPER_BATCH_SIZE:
+        accelerator.print(f"note: the batch is {batch_size}; the paper's is {PAPER_BATCH_SIZE}")
+    if num_updates == 0 and args.total_episodes > 0:
+        fail(f"--total_episodes {args.total_episodes} does not fill one batch of {batch_size}: raise it or lower the batch")
+    if args.local_rollout_forward_batch_size > local_batch_size:
+        accelerator.print(f"note: --local_rollout_forward_batch_size is capped to the local batch, {local_batch_size}")
+        args.local_rollout_forward_batch_size = local_batch_size
+
+    # 3. Tokenizer and data.
+    sft_path = model_folder(args.sft_model_path)
+    config = load_config(sft_path, "--sft_model_path", args.base_model)
+    check_positions(config, args.max_query_length + args.response_length, "--max_query_length + --response_length")
+    tokenizer = load_tokenizer(sft_path, "--sft_model_path", args.base_model)
+    limits = (args.max_query_length, args.max_response_length, args.max_query_response_length)
+    posts = load_posts(args.query_dataset, "train", tokenizer, limits, accelerator)
+    eval_posts = load_posts(args.query_dataset, args.eval_split, tokenizer, limits, accelerator) if args.run_eval else None
+
+    # 4. Networks and optimizer.
+    model, reference, reward_model = load_networks(args, config, tokenizer)
+    model.eval()  # switches off whatever else acts in training only; dropout is gone already (Detail 7)
+    # Detail E (Adam): PyTorch's AdamW, which adds eps after the bias correction; TensorFlow's placement makes other
+    # steps. Detail 20 (settings): eps 1e-5, no gradient clipping, no entropy bonus.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=args.eps, betas=(0.9, 0.999), weight_decay=0.01)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    frozen = [prepare_frozen(network, args, accelerator) for network in (reference, reward_model)]
+    networks = (model, *frozen, tokenizer)
+    start_records(args, accelerator)
+
+    # 5. Train, save, evaluate.
+    started = time.time()
+    last = train(args, accelerator, networks, optimizer, posts, batch_size, num_updates)
+    summary = {"updates": num_updates, "episodes": num_updates * batch_size, "time/train": time.time() - started}
+    summary |= {name: value for name, value in last.items() if name.startswith(("objective/", "val/"))}
+    if num_updates > 0:
+        state_dict = accelerator.get_state_dict(model)  # all processes take part where parameters are partitioned
+        if accelerator.is_main_process:
+            policy = {name.removeprefix("policy."): v for name, v in state_dict.items() if name.startswith("policy.")}
+            save_model(accelerator.unwrap_model(model).policy, policy, tokenizer, "left", args.output_dir)
+    if args.run_eval:
+        started = time.time()
+        results = evaluate(args, accelerator, networks, eval_posts)
+        log_metrics({"episode": num_updates * batch_size} | results, args, accelerator)
+        summary |= results | {"time/eval": time.time() - started}
+    finish_records(summary, args, accelerator)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,924 @@
+"""
+reward.py: a reward model from pairwise human preferences. Stage 2 of 3: sft.py, reward.py, ppo.py.
+
+What it does. Each row is a post with two summaries, of which a person preferred one. The model is the SFT model with its
+head replaced by a scalar output, read at the EOS of a summary; it is trained so that the preferred summary scores
+higher (Bradley-Terry). In the end the scores are shifted so that a human-written summary scores 0 on average.
+
+How to run
+    accelerate launch reward.py                                        # the paper's setting, for 8 GPUs
+    python reward.py --sft_model_path FOLDER --label_dataset FOLDER --query_dataset FOLDER     # local folders
+    python reward.py --sft_model_path FOLDER --reward_model_path FOLDER --total_episodes 0 --run_eval   # only evaluate
+It writes, in --output_dir: model/ (a sequence classifier with one label: safetensors, config, tokenizer), metrics.jsonl,
+args.json, summary.json and, with --run_eval, pairs_<split>.csv, eval_<split>.json and eval_<split>.png.
+
+Where it differs from the code of the paper (arXiv 2403.17031), on purpose
+    1. The model is saved in the form of transformers' sequence classifiers. The head has no bias there, so the
+       normalisation offset stands in config.json: score = output of a plain load - config.normalization_offset.
+    2. Raw columns are read, formatted and tokenized here; batches are padded to their longest row, not to 638.
+    3. All processes share the order of the data, so an epoch sees every pair once.
+    4. A folder of reward.py is complete in itself; the SFT folder is not needed to load it.
+
+Tags such as "Detail 11" lead to the table of details in the README. Letters in shape comments: B rows (2 per pair, the
+chosen ones first), T tokens of a padded row.
+"""
+
+import functools
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Literal, Optional
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import transformers
+import tyro
+import wandb
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
+from datasets import get_dataset_split_names, load_dataset
+from huggingface_hub import HfApi
+from matplotlib.figure import Figure
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+
+@dataclass
+class Args:
+    # ---- Run ----
+    exp_name: str = "reward"
+    """name of this experiment, shown by the tracker"""
+    seed: int = 44413
+    """seed of the head's initial weights and of the data order (the paper's seeds: 44413 55513 66613 77713)"""
+    output_dir: str = "models/reward"
+    """folder that receives the model, the metrics and the evaluation; it must not hold another run"""
+    bf16: bool = False
+    """compute in bfloat16 (autocast; parameters stay fp32); must agree with the launcher's --mixed_precision"""
+    # ---- Model and data ----
+    base_model: Optional[str] = None
+    """hub id or folder that gives config and tokenizer where the SFT folder has none; must not contradict the folder"""
+    sft_model_path: str = "models/sft"
+    """the SFT model to start from: an output folder of sft.py, a model folder or a hub id"""
+    reward_model_path: Optional[str] = None
+    """go on from (or, with --total_episodes 0, evaluate) this reward model, instead of a new head on the SFT model"""
+    label_dataset: str = "vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144"
+    """comparisons in OpenAI's schema (info, summaries, choice; batch and extra if there are any): a hub id, or a folder
+    with train and validation files (SPLIT.parquet or SPLIT.jsonl; validation_cnndm is used if it is there)"""
+    query_dataset: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered_oai_preprocessing_1706381144"
+    """posts (columns id, subreddit, title, post, summary) whose summaries define the score 0: a hub id or a folder"""
+    max_query_length: int = 512
+    """longest query in tokens; a longer post is cut at its last newline, again and again"""
+    max_response_length: int = 169
+    """longest summary in tokens, EOS included; a pair with a longer one is left out and counted"""
+    max_query_response_length: int = 638
+    """longest query plus summary in tokens; a pair with a longer one is left out and counted"""
+    max_cnndm_query_length: int = 1919
+    """like --max_query_length, for the CNN/DM articles of the evaluation"""
+    max_cnndm_response_length: int = 155
+    """like --max_response_length, for CNN/DM"""
+    max_cnndm_query_response_length: int = 2021
+    """like --max_query_response_length, for CNN/DM; never more than the model has positions"""
+    # ---- Optimization ----
+    lr: float = 3e-6
+    """peak learning rate of AdamW; it falls to 0 along a cosine"""
+    eps: float = 1e-5
+    """epsilon of AdamW"""
+    warm_up_steps: int = 0
+    """updates over which the learning rate first rises linearly from 0"""
+    num_train_epochs: int = 1
+    """passes over the training pairs, if --total_episodes is not given"""
+    total_episodes: Optional[int] = None
+    """pairs seen in all, cut down to whole batches; default: all pairs x --num_train_epochs; 0 only evaluates"""
+    local_micro_batch_size: int = 8
+    """pairs per forward pass and process"""
+    gradient_accumulation_steps: int = 1
+    """forward passes per update; batch = micro-batch x accumulation x processes (the paper's batch is 64)"""
+    # ---- Normalisation and evaluation ----
+    normalization_rows: Optional[int] = None
+    """reference summaries of the train posts whose mean score becomes 0 (the first so many); default: all of them"""
+    run_eval: bool = False
+    """after training, measure accuracy, calibration and score distributions on --eval_split"""
+    eval_split: Literal["validation", "test"] = "validation"
+    """split that --run_eval uses"""
+    max_eval_rows: Optional[int] = None
+    """evaluate on the first so many pairs, and reference summaries, of the split; default: all of them"""
+    local_eval_batch_size: int = 16
+    """rows per evaluation batch and process"""
+    # ---- Tracking and sharing ----
+    track: bool = False
+    """also log to Weights & Biases (WANDB_MODE=offline works)"""
+    wandb_project_name: str = "tldr_summarize"
+    """project of the tracked run"""
+    wandb_entity: Optional[str] = None
+    """team or user that owns the tracked run; default: yours"""
+    push_to_hub: bool = False
+    """upload the model folder, args.json and metrics.jsonl to the Hugging Face hub when done"""
+    hf_repo_id: Optional[str] = None
+    """repository (user/name) that --push_to_hub uploads to"""
+
+
+PAPER_BATCH_SIZE = 64
+CNNDM_BATCHES = ("batch0_cnndm", "cnndm0", "cnndm2")  # the comparisons of news articles among OpenAI's
+MARGIN_EDGES = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, math.inf)  # of the calibration table
+
+# ---- Small helpers: errors, files, flags -----------------------------------------------------------------------------
+
+
+def fail(message: str):
+    """End the run with one clear line on stderr and exit code 2: for mistakes of the user, not of the program."""
+    if os.environ.get("RANK", "0") == "0":  # under several processes, say it once
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def attempt(load, message: str):
+    """The result of `load()`; if that fails for whatever reason (torn file, unreachable hub, ...), end with `message`."""
+    try:
+        return load()
+    except Exception as error:
+        fail(f"{message} ({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]})")
+
+
+def write_whole(path: str, text: str):
+    """Write `text` to the file `path` whole or not at all: under a temporary name in the same folder, then renamed."""
+    temporary = f"{path}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def check_flags(args, may_be_zero: tuple, any_number: tuple = ()):
+    """Refuse numbers that make no sense, by the name of their flag, and an output folder that is taken."""
+    for name, value in vars(args).items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or name in any_number:
+            continue
+        if not (value > 0 or (value == 0 and name in may_be_zero)) or value == math.inf:
+            fail(f"--{name} is {value}: it must be {'0 or more' if name in may_be_zero else 'greater than 0'}")
+    if args.push_to_hub and not args.hf_repo_id:
+        fail("--push_to_hub needs --hf_repo_id, the repository (user/name) to upload to")
+    for name in ("args.json", "metrics.jsonl", "model", "summary.json"):
+        if os.path.exists(os.path.join(args.output_dir, name)):
+            fail(f"--output_dir {args.output_dir} holds another run ({name}): name another folder or remove it first")
+
+
+def start_accelerator(args) -> Accelerator:
+    """The accelerate object for one process or many, with the precision that --bf16 asks for."""
+    precision = "bf16" if args.bf16 else "no"
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", precision)
+    if launched != precision:  # two switches that disagree would train in a precision that somebody did not ask for
+        wanted = "pass --bf16" if launched == "bf16" else f"launch with --mixed_precision {precision}"
+        fail(f"the launcher's mixed precision is {launched}, the script's is {precision} (--bf16): {wanted}")
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        PartialState(cpu=True)  # DeepSpeed on CPU: makes gloo the backend before the Accelerator chooses one
+    accelerator = Accelerator(gradient_accumulation_steps=args.gradient_accumulation_steps, mixed_precision=precision)
+    if accelerator.state.deepspeed_plugin is not None:  # DeepSpeed asks for it where there is no data loader to read
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config["train_micro_batch_size_per_gpu"] = args.local_micro_batch_size
+    return accelerator
+
+
+# ---- Data: raw rows -> queries and responses as token ids ------------------------------------------------------------
+
+
+def load_split(source: str, split: str, columns: list[str], flag: str, optional: tuple = ()):
+    """
+    One split of a folder (SPLIT.parquet or SPLIT.jsonl) or of a data set on the hub, as a `datasets.Dataset` with
+    `columns` and those of `optional` that it has. Data that cannot be used end the run with a line that names `flag`.
+    """
+    where, loader, arguments = f"{flag} {source} ({split})", source, dict(split=split)
+    if os.path.isdir(source):
+        found = [name for name in (f"{split}.parquet", f"{split}.jsonl") if os.path.exists(os.path.join(source, name))]
+        if not found:
+            fail(f"{flag} {source}: the folder has no {split}.parquet and no {split}.jsonl")
+        where, loader = f"{flag} {source}/{found[0]}", "parquet" if found[0].endswith("parquet") else "json"
+        arguments = dict(data_files=os.path.join(source, found[0]), split="train")
+    message = f"{where}: no such folder, an unreadable file, or not to be had from the hub"
+    rows = attempt(lambda: load_dataset(loader, **arguments), message)
+    missing = [column for column in columns if column not in rows.column_names]
+    if missing:
+        fail(f"{where}: column {', '.join(missing)} is missing; there are {', '.join(rows.column_names) or 'none'}")
+    if len(rows) == 0:
+        fail(f"{where}: no rows")
+    # What else there is, such as the tokens in the paper's preprocessed sets, is ignored: tokens are made anew here.
+    return rows.select_columns(columns + [column for column in optional if column in rows.column_names])
+
+
+def load_tokenizer(path: str, flag: str, base_model: Optional[str] = None):
+    """The tokenizer of a model folder or hub id (of --base_model where a folder has none), with [PAD] as pad token."""
+    if base_model and os.path.isdir(path) and not os.path.exists(os.path.join(path, "tokenizer_config.json")):
+        path, flag = base_model, "--base_model"
+    tokenizer = attempt(lambda: AutoTokenizer.from_pretrained(path), f"{flag} {path}: no tokenizer can be loaded")
+    if tokenizer.eos_token_id is None:
+        fail(f"{flag} {path}: the tokenizer has no EOS token, so a response could never end")
+    # Detail 3 (PAD and EOS): the pad token is a new one, even where the tokenizer brings its own, and never EOS: with
+    # pad == EOS the loss mask hides EOS as well, and the model never learns to stop.
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    return tokenizer
+
+
+def encode(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text, with no BOS or EOS added; a "<|endoftext|>" that somebody typed stays ordinary text."""
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
+
+
+def bos_prefix(tokenizer) -> list[int]:
+    """[BOS] if the tokenizer itself begins a text with it (Llama), else []. It belongs once, at the query's start."""
+    with_special, plain = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    return [tokenizer.bos_token_id] if with_special[:1] == [tokenizer.bos_token_id] != plain[:1] else []
+
+
+def post_parts(subreddit: str, title: str, post: str) -> tuple[str, str, str]:
+    """
+    The query of a post in three parts (head, body, tail), of which only the body may be cut.
+
+    >>> "".join(post_parts("cats", "My cat", "She ate my lunch."))
+    'SUBREDDIT: r/cats\\n\\nTITLE: My cat\\n\\nPOST: She ate my lunch.\\n\\nTL;DR:'
+    """
+    # No space after the last colon: the response brings its own, since " word" is one token of a byte-level BPE. A
+    # space left at the query's end would put every first word into a form that the model has hardly ever seen.
+    return f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: ", post, "\n\nTL;DR:"
+
+
+def fit_queries(tokenizer, parts: list[tuple[str, str, str]], max_tokens: int) -> list[str]:
+    """
+    Join each (head, body, tail) to a query of at most `max_tokens`; "" if even an empty body does not fit.
+
+    >>> fit_queries(tokenizer, [("POST: ", "one\\ntwo\\nthree", "\\n\\nTL;DR:")], 10)    # where all would need 12
+    ['POST: one\\ntwo\\n\\nTL;DR:']
+    """
+    queries, room = ["".join(part) for part in parts], max_tokens - len(bos_prefix(tokenizer))
+    for i, ids in enumerate(encode(tokenizer, queries)):
+        head, body, tail = parts[i]
+        # Detail 2 (query truncation): cut the post at its last newline, again and again; where none is left, drop one
+        # character at a time. Never a hard cut of tokens: that would lose the "TL;DR:" that asks for the summary.
+        while len(ids) > room and body:
+            newline = body.rfind("\n")
+            body = body[:newline] if newline >= 0 else body[:-1]
+            ids = encode(tokenizer, [head + body + tail])[0]
+        queries[i] = head + body + tail if len(ids) <= room else ""
+    return queries
+
+
+def tokenize_posts(rows: dict, tokenizer, max_query: int, max_response: int, max_both: int) -> dict:
+    """
+    One batch of raw posts -> one batch of rows with text and token ids, for `datasets.map(batched=True)`.
+
+    Returns `id`; `query`, `reference` (text); `query_tokens` (ids, BOS first if the tokenizer has one); `tokens` (ids of
+    query and reference, EOS last); `problem` (why the row cannot be used, or "").
+    """
+    fields = ("subreddit", "title", "post", "summary")
+    # A field that is no text stands in as "", so that all lists stay aligned; its problem keeps the row out in the end.
+    texts = [[value if isinstance(value, str) else "" for value in rows[field]] for field in fields]
+    queries = fit_queries(tokenizer, [post_parts(*part) for part in zip(*texts[:3])], max_query)
+    # The completion begins with one space (summaries lack it, preference texts have it) and ends with EOS (Detail 3).
+    references = [" " + summary.lstrip() for summary in texts[3]]
+    bos, eos = bos_prefix(tokenizer), [tokenizer.eos_token_id]
+    query_tokens = [bos + ids for ids in encode(tokenizer, queries)]
+    # Detail 5 (joined): query and response are joined as text and tokenized together.
+    tokens = [bos + ids + eos for ids in encode(tokenizer, [q + r for q, r in zip(queries, references)])]
+    problems = []
+    for i, (ids, both) in enumerate(zip(query_tokens, tokens)):
+        problem = [f"{field} is missing or is no text" for field in fields if not isinstance(rows[field][i], str)]
+        problem += ["summary is empty"] * (not references[i].strip())
+        problem += [f"the post cannot be cut to {max_query} query tokens (--max_query_length)"] * (not queries[i])
+        # Detail 4 (lengths): a response that is too long is left out, not cut, since cutting it would remove its EOS.
+        too_long = len(both) - len(ids) > max_response
+        problem += [f"the response is longer than {max_response} tokens (--max_response_length)"] * too_long
+        problem += [f"longer than {max_both} tokens (--max_query_response_length)"] * (len(both) > max_both)
+        problems.append(problem[0] if problem else "")
+    ids = [str(i) for i in rows["id"]]
+    return dict(
+        id=ids, query=queries, reference=references, query_tokens=query_tokens, tokens=tokens, problem=problems
+    )
+
+
+def keep_usable(rows, name: str, accelerator: Accelerator):
+    """Leave out the rows that have a problem, and say how many they are, why, and which (the first few)."""
+    left_out = defaultdict(list)
+    for i, problem in enumerate(rows["problem"]):
+        left_out[problem].append(i)
+    keep = left_out.pop("", [])
+    accelerator.print(f"{name}: {len(keep):,} of {len(rows):,} rows can be used")
+    for problem, numbers in left_out.items():
+        ids = ", ".join(rows[numbers[:5]]["id"]) + (", ..." if len(numbers) > 5 else "")
+        accelerator.print(f"  left out: {len(numbers):,} x {problem} (id {ids})")
+    if not keep:
+        fail(f"{name}: no usable row; the first problem is: {rows[0]['problem']}")
+    return rows.select(keep) if left_out else rows
+
+
+def load_posts(source: str, split: str, tokenizer, limits: tuple[int, int, int], accelerator: Accelerator):
+    """One split of posts, formatted and tokenized (see `tokenize_posts`); unusable rows are named and left out."""
+    # Detail 1 (specification): the columns and splits of the paper's TL;DR set.
+    with accelerator.main_process_first():  # one process tokenizes, the others read its cache
+        rows = load_split(source, split, ["id", "subreddit", "title", "post", "summary"], "--query_dataset")
+        rows = rows.map(
+            tokenize_posts,
+            batched=True,
+            fn_kwargs=dict(tokenizer=tokenizer, max_query=limits[0], max_response=limits[1], max_both=limits[2]),
+            remove_columns=rows.column_names,
+            desc=f"tokenizing posts, {split}",
+        )
+    return keep_usable(rows, f"posts, {split}", accelerator)
+
+
+def comparison_parts(info: dict) -> tuple[str, str, str]:
+    """The query of a comparison in three parts (head, body, tail): a Reddit post's, or a CNN/DM article's."""
+    if info.get("article") and not info.get("post"):
+        # The newline after the last colon counts when the query is cut to length, and is stripped after that: so the
+        # published code does it, and so the reward model never sees that newline.
+        return "Article:\n", info["article"], "\n\nTL;DR:\n"
+    return post_parts(info.get("subreddit") or "", info.get("title") or "", info["post"])
+
+
+def comparison_problem(info, summaries, choice) -> str:
+    """Why a raw comparison cannot be used, or "" if it can."""
+    if not isinstance(info, dict) or not isinstance(info.get("post") or info.get("article"), str):
+        return "info has neither post nor article"
+    texts = [s.get("text") for s in summaries if isinstance(s, dict)] if isinstance(summaries, list) else []
+    if len(texts) != 2 or not all(isinstance(text, str) and text.strip() for text in texts):
+        return "summaries are not two texts"
+    if choice not in (0, 1):
+        return "choice is neither 0 nor 1"
+    return "" if texts[0].strip() != texts[1].strip() else "the two summaries are the same, nothing can be learned"
+
+
+def tokenize_comparisons(rows: dict, tokenizer, max_query: int, max_response: int, max_both: int) -> dict:
+    """
+    One batch of raw comparisons -> one batch of pairs with token ids, for `datasets.map(batched=True)`.
+
+    Returns `id`; `chosen`, `rejected` (ids of query and summary, BOS first if the tokenizer has one, EOS last); `batch`,
+    `confidence`, `policies` ("" where unknown); `problem` (why the row cannot be used, or "").
+    """
+    number = len(rows["choice"])
+    problems = [comparison_problem(*row) for row in zip(rows["info"], rows["summaries"], rows["choice"])]
+    usable = [i for i in range(number) if not problems[i]]
+    parts = [comparison_parts(rows["info"][i]) for i in usable]
+    # Query and summary are joined as text and tokenized together (Detail 5); the summary begins with one space and ends
+    # with EOS (Detail 3).
+    bos, eos = bos_prefix(tokenizer), [tokenizer.eos_token_id]
+    queries = [query.strip() for query in fit_queries(tokenizer, parts, max_query)]
+    query_lengths = [len(bos + ids) for ids in encode(tokenizer, queries)]
+    out = dict(id=[""] * number, batch=[""] * number, confidence=[""] * number, policies=[""] * number, problem=problems)
+    out |= dict(chosen=[[] for _ in range(number)], rejected=[[] for _ in range(number)])
+    for name, other in (("chosen", 0), ("rejected", 1)):  # which of the two: the choice, or the other one
+        picked = [rows["summaries"][i][abs(rows["choice"][i] - other)]["text"] for i in usable]
+        both = encode(tokenizer, [query + " " + text.lstrip() for query, text in zip(queries, picked)])
+        for i, query, length, ids in zip(usable, queries, query_lengths, both):
+            ids = out[name][i] = bos + ids + eos
+            if not query:
+                problems[i] = problems[i] or f"the post cannot be cut to {max_query} query tokens"
+            elif len(ids) - length > max_response:
+                problems[i] = problems[i] or f"a summary is longer than {max_response} tokens"
+            elif len(ids) > max_both:
+                problems[i] = problems[i] or f"longer than {max_both} tokens with its query"
+    for i in range(number):
+        info, extra = rows["info"][i] or {}, (rows["extra"][i] if "extra" in rows else None) or {}
+        out["id"][i] = str(info.get("id") or "")
+        out["batch"][i] = str((rows["batch"][i] if "batch" in rows else None) or "")
+        confidence = extra.get("confidence")
+        out["confidence"][i] = "" if confidence is None else f"{float(confidence):g}"
+        if i in set(usable):
+            out["policies"][i] = " | ".join(sorted(str(s.get("policy") or "unknown") for s in rows["summaries"][i]))
+    return out
+
+
+def load_comparisons(source: str, split: str, tokenizer, limits: tuple[int, int, int], accelerator: Accelerator):
+    """One split of comparisons, formatted and tokenized; unusable rows are named and left out."""
+    with accelerator.main_process_first():  # one process tokenizes, the others read its cache
+        rows = load_split(source, split, ["info", "summaries", "choice"], "--label_dataset", ("batch", "extra"))
+        rows = rows.map(
+            tokenize_comparisons,
+            batched=True,
+            fn_kwargs=dict(tokenizer=tokenizer, max_query=limits[0], max_response=limits[1], max_both=limits[2]),
+            remove_columns=rows.column_names,
+            desc=f"tokenizing comparisons, {split}",
+        )
+    return keep_usable(rows, f"comparisons, {split}", accelerator)
+
+
+def has_split(source: str, split: str) -> bool:
+    """Whether a folder or a hub data set has that split."""
+    if os.path.isdir(source):
+        return any(os.path.exists(os.path.join(source, f"{split}.{ending}")) for ending in ("parquet", "jsonl"))
+    message = f"--label_dataset {source}: no such folder, and not to be had from the hub"
+    return split in attempt(lambda: get_dataset_split_names(source), message)
+
+
+def take_rows(num_rows: int, seed: int, start: int, stop: int) -> np.ndarray:
+    """Row numbers at positions start .. stop-1 of the endless stream of rows, which has a new order in every pass."""
+    # Detail S (data order): every process computes the same stream from the same seed and then takes its own share.
+    # Shuffling with a seed of one's own per process and sharding after that lets 8 processes see 66% of the rows.
+    passes = range(start // num_rows, (stop - 1) // num_rows + 1)
+    stream = np.concatenate([np.random.default_rng([seed, epoch]).permutation(num_rows) for epoch in passes])
+    return stream[start - passes[0] * num_rows :][: stop - start]
+
+
+def deal_micro_batches(rows: np.ndarray, lengths: np.ndarray, micro: int, accelerator: Accelerator) -> list[np.ndarray]:
+    """Cut a global batch of row numbers into micro-batches of similar `lengths` (of all rows); return this process's."""
+    # The longest come first: if memory does not suffice, it shows in the first step. The order changes no gradient,
+    # since the loss is normalised over the whole global batch.
+    by_length = rows[np.argsort(-lengths[rows], kind="stable")]
+    first, step = accelerator.process_index * micro, accelerator.num_processes * micro
+    return [by_length[start + first : start + first + micro] for start in range(0, len(rows), step)]
+
+
+def pad_rows(rows: list, pad_token_id: int, side: str, device) -> torch.Tensor:
+    """Token ids of different lengths -> one (B, T) tensor, padded on one side to the longest of them and no further."""
+    width = max(len(row) for row in rows)
+    padded = torch.full((len(rows), width), pad_token_id, dtype=torch.long)  # (B, T)
+    for i, row in enumerate(rows):
+        where = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+        padded[i, where] = torch.tensor(row)
+    return padded.to(device)
+
+
+# ---- Model -----------------------------------------------------------------------------------------------------------
+
+
+def model_folder(path: str) -> str:
+    """`path`, or its subfolder model/ if `path` is the output folder of a run."""
+    inside = os.path.join(path, "model")
+    return inside if os.path.exists(os.path.join(inside, "config.json")) else path
+
+
+def load_config(path: str, flag: str, base_model: Optional[str] = None):
+    """
+    The config of a model folder or hub id, with every kind of dropout switched off.
+
+    --base_model gives it where a folder has none; one that contradicts the folder ends the run.
+    """
+    if base_model and os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
+        return load_config(base_model, "--base_model")
+    message = f"{flag} {path}: not a model folder, and not a model that the hub gives"
+    config = attempt(lambda: AutoConfig.from_pretrained(path), message)
+    if base_model:
+        base = load_config(base_model, "--base_model")
+        for name in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+            if getattr(config, name, None) != getattr(base, name, None):
+                ours, theirs = getattr(config, name, None), getattr(base, name, None)
+                fail(f"--base_model {base_model} contradicts {flag} {path}: {name} is {theirs} there and {ours} here")
+    # Detail 7 (dropout off): with dropout, the same tokens get another logprob in every forward pass: the KL penalty is
+    # noise and PPO's first ratios are not 1. Set in the config, before the model is built: some models (GPT-NeoX's
+    # attention) read it from there, and zeroing the p of every nn.Dropout would miss them.
+    for name, value in config.to_dict().items():
+        if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, (int, float)):
+            setattr(config, name, 0.0)
+    return config
+
+
+def check_positions(config, needed: int, flags: str):
+    """Refuse lengths for which the model has no positions."""
+    positions = getattr(config, "max_position_embeddings", None) or math.inf
+    if needed > positions:
+        fail(f"{flags}: {needed} positions are needed, but the model has only {positions}; lower the flags")
+
+
+def add_pad_row(model, pad_token_id: int):
+    """Make sure that the embedding has a row for [PAD], and tell the config of it."""
+    # Pythia has spare rows. Llama and GPT-2 have not: they get one row, the mean of the others. The scripts never read
+    # it, but plain transformers could not load or batch the folder without it. A row of zeros would be worse than none
+    # in the head: its logit 0 can exceed every other.
+    if pad_token_id >= model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(pad_token_id + 1, mean_resizing=False)
+        for layer in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
+            layer.weight.data[pad_token_id] = layer.weight.data[:pad_token_id].mean(0)
+    model.config.pad_token_id = pad_token_id
+
+
+def model_inputs(token_ids: torch.Tensor, pad_token_id: int) -> dict:
+    """
+    What a transformers model takes, from padded ids (B, T): pads on either side are masked out, fed as id 0, and not
+    counted by the position ids.
+
+    >>> model_inputs(torch.tensor([[9, 9, 5, 6]]), pad_token_id=9)["position_ids"]
+    tensor([[0, 0, 0, 1]])
+    """
+    attention_mask = token_ids != pad_token_id  # (B, T)
+    # Detail 6 (positions): harmless to forget with rotary embeddings, wrong with learned positions such as GPT-2's.
+    position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)  # (B, T)
+    input_ids = token_ids.masked_fill(~attention_mask, 0)  # (B, T)
+    return dict(input_ids=input_ids, attention_mask=attention_mask.long(), position_ids=position_ids)
+
+
+def last_token_index(token_ids: torch.Tensor, pad_token_id: int) -> torch.Tensor:
+    """
+    Index of the last token that is not [PAD] in each row of (B, T), whichever side is padded -> (B,).
+
+    >>> last_token_index(torch.tensor([[9, 5, 0, 9], [5, 5, 5, 0]]), pad_token_id=9)
+    tensor([2, 3])
+    """
+    # Detail 12 (reward at EOS): a response ends with EOS, so its last real token is where the reward is read. Looking
+    # for the first [PAD] instead would find the left padding of PPO's queries.
+    index = torch.arange(token_ids.shape[1], device=token_ids.device)
+    return ((token_ids != pad_token_id) * index).argmax(1)
+
+
+def save_model(model, state_dict: dict, tokenizer, padding_side: str, output_dir: str):
+    """Write OUTPUT_DIR/model (safetensors, config, tokenizer), complete in itself, whole or not at all."""
+    temporary, final = os.path.join(output_dir, "model.tmp"), os.path.join(output_dir, "model")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary, state_dict=state_dict)
+    tokenizer.padding_side = padding_side
+    tokenizer.save_pretrained(temporary)
+    os.rename(temporary, final)
+
+
+class RewardModel(nn.Module):
+    """A sequence classifier with one label, as a module for DDP and DeepSpeed: padded ids (B, T) -> raw scores (B,)."""
+
+    def __init__(self, classifier):
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        pad = self.classifier.config.pad_token_id
+        hidden = self.classifier.base_model(**model_inputs(token_ids, pad), use_cache=False).last_hidden_state  # (B, T, d)
+        # Detail 13 (other positions): only the output at EOS is trained and read. What the head says elsewhere is mostly
+        # negative and means nothing, so it is not even computed.
+        rows = torch.arange(len(token_ids), device=token_ids.device)
+        at_eos = hidden[rows, last_token_index(token_ids, pad)]  # (B, d)
+        return self.classifier.score(at_eos).squeeze(-1).float()  # (B,)
+
+
+def load_classifier(path: str, config, tokenizer, flag: str, new_head: bool):
+    """A sequence classifier with one label in fp32; with `new_head`, the body of a language model under a new head."""
+    config.num_labels = 1
+    load = functools.partial(AutoModelForSequenceClassification.from_pretrained, path, config=config)
+    # Trained parameters are fp32, whatever the folder's dtype is (Detail 8).
+    model, info = attempt(
+        lambda: load(dtype=torch.float32, output_loading_info=True), f"{flag} {path}: no model can be loaded from there"
+    )
+    if not hasattr(model, "score"):
+        fail(f"{flag} {path}: {type(model).__name__} has no head named score, which these scripts rely on")
+    missing = [name for name in info["missing_keys"] if not (new_head and name == "score.weight")]
+    if missing:
+        fail(f"{flag} {path}: the folder has no weights for {sorted(missing)[0]}")
+    if new_head:
+        # Detail 11 (head): N(0, 1/sqrt(d+1)), so that scores begin near unit variance; std 1/(d+1), as an older paper
+        # has it, is a typo. No bias: a difference of two scores could not train it.
+        nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
+    add_pad_row(model, tokenizer.pad_token_id)
+    return model
+
+
+# ---- The mathematics -------------------------------------------------------------------------------------------------
+
+
+def cosine_factor(update: int, num_updates: int, warm_up_steps: int) -> float:
+    """
+    Learning rate of update 0, 1, ... as a share of its peak: a linear rise over the warm-up, then half a cosine to 0.
+
+    >>> [round(cosine_factor(u, 4, 0), 3) for u in range(4)]
+    [1.0, 0.854, 0.5, 0.146]
+    """
+    if update < warm_up_steps:
+        return update / warm_up_steps
+    progress = (update - warm_up_steps) / max(1, num_updates - warm_up_steps)
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def pairwise_losses(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """Bradley-Terry: -log of the probability sigmoid(chosen - rejected) of the human choice, per pair. (B,) each."""
+    return -F.logsigmoid(chosen - rejected)
+
+
+def wilson_interval(wins: float, number: int) -> tuple[float, float]:
+    """95% Wilson score interval of a share of `wins` among `number` (Wilson 1927); (0, 1) where there is nothing."""
+    if number == 0:
+        return 0.0, 1.0
+    z, share = 1.959964, wins / number
+    centre, spread = share + z * z / (2 * number), z * math.sqrt(share * (1 - share) / number + (z / (2 * number)) ** 2)
+    return (centre - spread) / (1 + z * z / number), (centre + spread) / (1 + z * z / number)
+
+
+def accuracy_rows(margins: pd.Series, groups: pd.Series) -> list[dict]:
+    """Accuracy (chosen above rejected: margin > 0) in each group, with its interval and the number of pairs."""
+    rows = []
+    for name, part in margins.groupby(groups):
+        low, high = wilson_interval(int((part > 0).sum()), len(part))
+        rows.append({"group": str(name), "n": len(part), "accuracy": float((part > 0).mean()), "low": low, "high": high})
+    return rows
+
+
+def calibration_rows(margins: np.ndarray) -> list[dict]:
+    """
+    Accuracy against margin: in each bin of |margin|, how often the higher score is the preferred summary's, beside how
+    often the model says so (the mean of sigmoid(|margin|)).
+    """
+    rows = []
+    for low, high in zip(MARGIN_EDGES, MARGIN_EDGES[1:]):
+        part = margins[(np.abs(margins) >= low) & (np.abs(margins) < high)]
+        if len(part):
+            bounds, claimed = wilson_interval(int((part > 0).sum()), len(part)), 1 / (1 + np.exp(-np.abs(part)))
+            row = {"bin": f"{low:g} to {high:g}", "margin": float(np.abs(part).mean()), "n": len(part)}
+            row |= {"accuracy": float((part > 0).mean()), "low": bounds[0], "high": bounds[1]}
+            rows.append(row | {"claimed": float(claimed.mean())})
+    return rows
+
+
+# ---- Records: flags, metrics, tables ---------------------------------------------------------------------------------
+
+
+def start_records(args, accelerator: Accelerator):
+    """Claim the output folder: write args.json (flags, versions, commit, command) and start the tracker if asked."""
+    if not accelerator.is_main_process:
+        return
+    os.makedirs(args.output_dir, exist_ok=True)
+    here = os.path.dirname(os.path.abspath(__file__))
+    git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True)
+    packages = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
+    record = {"args": asdict(args), "command": sys.argv, "seed": args.seed, "git_commit": git.stdout.strip() or None}
+    record["versions"] = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
+    record["launch"] = f"{accelerator.num_processes} x {accelerator.device.type}, {accelerator.distributed_type.value}"
+    write_whole(os.path.join(args.output_dir, "args.json"), json.dumps(record, indent=2) + "\n")
+    if args.track:
+        name = f"{args.exp_name}__{args.seed}"
+        project, entity = args.wandb_project_name, args.wandb_entity
+        wandb.init(project=project, entity=entity, name=name, config=record, dir=args.output_dir)
+
+
+def log_metrics(metrics: dict, args, accelerator: Accelerator):
+    """Append one flat line to metrics.jsonl (and to the tracker). A number that is not finite ends the run here."""
+    broken = [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
+    if broken:
+        raise FloatingPointError(f"{', '.join(broken)} is not finite at episode {metrics['episode']}: {metrics}")
+    if accelerator.is_main_process:
+        with open(os.path.join(args.output_dir, "metrics.jsonl"), "a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+        if args.track:
+            wandb.log(metrics)
+
+
+def finish_records(summary: dict, args, accelerator: Accelerator):
+    """Write summary.json, print it as a table, close the tracker and share the model if asked."""
+    if not accelerator.is_main_process:
+        return
+    write_whole(os.path.join(args.output_dir, "summary.json"), json.dumps(summary, indent=2) + "\n")
+    print(f"\n{args.exp_name}: results, also in {args.output_dir}/summary.json")
+    for name, value in summary.items():
+        print(f"  {name:<34}{value:.4f}" if isinstance(value, float) else f"  {name:<34}{value}")
+    if args.track:
+        wandb.summary.update(summary)
+        wandb.finish()
+    if args.push_to_hub:
+        HfApi().create_repo(args.hf_repo_id, exist_ok=True)
+        for folder, files in ((f"{args.output_dir}/model", None), (args.output_dir, ["args.json", "metrics.jsonl"])):
+            HfApi().upload_folder(repo_id=args.hf_repo_id, folder_path=folder, allow_patterns=files)
+
+
+def print_table(title: str, rows: list[dict]):
+    """A list of dicts as a table."""
+    print(f"\n{title}\n{pd.DataFrame(rows).to_string(index=False, float_format='{:.3f}'.format)}")
+
+
+# ---- Training and normalisation --------------------------------------------------------------------------------------
+
+
+def train(args, accelerator: Accelerator, model, optimizer, pairs, pad: int, num_updates: int):
+    """The training loop: each update is one optimizer step over one global batch of pairs, and one line of metrics."""
+    started = time.time()
+    batch_size = args.local_micro_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    lengths = np.array([max(len(c), len(r)) for c, r in zip(pairs["chosen"], pairs["rejected"])])
+    model.train()
+    for update in tqdm(range(num_updates), desc="RM", disable=not accelerator.is_main_process, mininterval=2):
+        lr = args.lr * cosine_factor(update, num_updates, args.warm_up_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        rows = take_rows(len(pairs), args.seed, update * batch_size, (update + 1) * batch_size)
+        sums = torch.zeros(4, device=accelerator.device)  # loss, accuracy, chosen, rejected
+        for mine in deal_micro_batches(rows, lengths, args.local_micro_batch_size, accelerator):
+            batch = pairs[mine]
+            # Detail 10 (RM training): chosen and rejected go through ONE forward pass, right-padded to a common length.
+            token_ids = pad_rows(list(batch["chosen"]) + list(batch["rejected"]), pad, "right", accelerator.device)
+            with accelerator.accumulate(model):
+                chosen, rejected = model(token_ids).chunk(2)  # (B / 2,) each
+                losses = pairwise_losses(chosen, rejected)
+                # accelerate divides by the accumulation steps and averages over the processes; both are undone, so that
+                # the gradient is that of the mean over the global batch, however it is cut.
+                scale = args.gradient_accumulation_steps * accelerator.num_processes
+                accelerator.backward(losses.sum() / batch_size * scale)
+                optimizer.step()
+                optimizer.zero_grad()
+            with torch.no_grad():
+                sums += torch.stack([losses.sum(), (chosen > rejected).sum(), chosen.sum(), rejected.sum()])
+        means = (accelerator.reduce(sums, "sum") / batch_size).tolist()
+        episode = (update + 1) * batch_size
+        metrics = {"episode": episode, "epoch": episode / len(pairs), "lr": lr}
+        metrics |= dict(zip(("rm/loss", "rm/accuracy", "rm/chosen_rewards", "rm/rejected_rewards"), means))
+        metrics |= {"rm/margin": means[2] - means[3], "eps": episode / (time.time() - started)}
+        log_metrics(metrics, args, accelerator)
+        if accelerator.is_main_process and (update + 1) % max(1, num_updates // 50) == 0:
+            line = f"update {update + 1}/{num_updates}  loss {means[0]:.4f}  accuracy {means[1]:.3f}"
+            tqdm.write(f"{line}  margin {metrics['rm/margin']:.3f}  lr {lr:.2e}  {metrics['eps']:.1f} pairs/s")
+
+
+@torch.no_grad()
+def raw_scores(args, accelerator: Accelerator, model, token_rows: list, pad: int, side: str = "right") -> np.ndarray:
+    """
+    The model's outputs, without offset, for rows of token ids, in their order, on every process: (rows,) float64.
+
+    Every row is scored once, whatever the number of processes: process i takes rows i, i + n, i + 2n, ...
+    """
+    n, size = accelerator.num_processes, args.local_eval_batch_size
+    mine = token_rows[accelerator.process_index :: n]
+    order = np.argsort([-len(ids) for ids in mine], kind="stable")  # similar lengths together: little padding
+    scores, unwrapped = np.zeros(len(mine)), accelerator.unwrap_model(model).eval()
+    for start in tqdm(range(0, len(mine), size), desc="scoring", disable=not accelerator.is_main_process, mininterval=2):
+        chunk = order[start : start + size]
+        with accelerator.autocast():
+            scores[chunk] = unwrapped(pad_rows([mine[i] for i in chunk], pad, side, accelerator.device)).cpu().numpy()
+    parts = gather_object([scores])
+    return np.array([parts[i % n][i // n] for i in range(len(token_rows))])
+
+
+def normalize(args, accelerator: Accelerator, model, posts, pad: int):
+    """Measure the mean score of the human summaries, and put it into the config as the offset of all scores."""
+    # Detail 15 (normalisation): after training, so that a human summary scores 0 on average. Offset only, no gain. PPO
+    # needs it: a response without EOS gets the score -1, which must be bad among the others.
+    rows = posts.select(range(min(args.normalization_rows or len(posts), len(posts))))
+    config = accelerator.unwrap_model(model).classifier.config
+    config.normalization_offset = float(raw_scores(args, accelerator, model, rows["tokens"][:], pad).mean())
+    config.normalization_rows = len(rows)
+    accelerator.print(f"normalisation: the mean of {len(rows):,} reference summaries was {config.normalization_offset:.4f}")
+
+
+# ---- Evaluation ------------------------------------------------------------------------------------------------------
+
+
+def evaluate_pairs(args, accelerator: Accelerator, model, pairs, pad: int) -> pd.DataFrame:
+    """The pairs with their scores: id, batch, confidence, policies, chosen_score, rejected_score, margin."""
+    pairs = pairs.select(range(min(args.max_eval_rows or len(pairs), len(pairs))))
+    offset = accelerator.unwrap_model(model).classifier.config.normalization_offset
+    table = pd.DataFrame({name: pairs[name][:] for name in ("id", "batch", "confidence", "policies")})
+    scores = raw_scores(args, accelerator, model, pairs["chosen"][:] + pairs["rejected"][:], pad) - offset
+    table["chosen_score"], table["rejected_score"] = np.split(scores, 2)
+    return table.assign(margin=table.chosen_score - table.rejected_score)
+
+
+def describe(scores: np.ndarray) -> dict:
+    """Mean, standard deviation and quantiles of some scores."""
+    quantiles = {f"q{q:02d}": float(np.quantile(scores, q / 100)) for q in (5, 25, 50, 75, 95)}
+    return {"n": len(scores), "mean": float(scores.mean()), "std": float(scores.std())} | quantiles
+
+
+def draw_evaluation(calibration: list[dict], raw: np.ndarray, offset: float, title: str, path: str):
+    """The picture of the evaluation: accuracy against margin, and the scores of reference summaries."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    margins = np.array([row["margin"] for row in calibration])
+    accuracy, low, high = [np.array([row[name] for row in calibration]) for name in ("accuracy", "low", "high")]
+    line = np.linspace(0, max(1.0, margins.max() * 1.05), 100)
+    left.plot(line, 1 / (1 + np.exp(-line)), "--", color="grey", label="perfectly calibrated: sigmoid(margin)")
+    label = f"measured, 95% interval ({sum(row['n'] for row in calibration):,} pairs)"
+    left.errorbar(margins, accuracy, yerr=[accuracy - low, high - accuracy], fmt="o", capsize=3, label=label)
+    left.set(xlabel="|score difference| (mean of the bin, nats)", ylabel="share of pairs where the human agrees")
+    left.set(title="Calibration", ylim=(0, 1.03))
+    left.legend(loc="lower right", fontsize=8)
+    bins = np.linspace(min(raw.min(), raw.min() - offset), max(raw.max(), raw.max() - offset), 50)
+    right.hist(raw, bins, alpha=0.5, label=f"before normalisation (mean {raw.mean():.3f})")
+    right.hist(raw - offset, bins, alpha=0.5, label=f"after (mean {raw.mean() - offset:.3f})")
+    right.axvline(0, color="black", linewidth=0.8)
+    right.set(xlabel="score", ylabel="reference summaries", title=f"Scores of {len(raw):,} reference summaries")
+    right.legend(fontsize=8)
+    figure.suptitle(title)
+    figure.savefig(f"{path}.tmp", format="png", dpi=130)
+    os.replace(f"{path}.tmp", path)
+
+
+def evaluate(args, accelerator: Accelerator, model, pairs, cnndm, posts, pad: int) -> dict:
+    """Everything that is measured of a reward model; writes the tables and the picture, returns the main figures."""
+    offset = accelerator.unwrap_model(model).classifier.config.normalization_offset
+    table = evaluate_pairs(args, accelerator, model, pairs, pad)
+    news = evaluate_pairs(args, accelerator, model, cnndm, pad) if cnndm is not None else table[:0]
+    references = posts.select(range(min(args.max_eval_rows or len(posts), len(posts))))["tokens"][:]
+    raw = raw_scores(args, accelerator, model, references, pad)
+    # Detail 14 (padding side): left padding shifts the scores a little, by rounding alone if the position ids are right.
+    shift = raw_scores(args, accelerator, model, references, pad, side="left") - raw
+    if not accelerator.is_main_process:
+        return {}
+    # Detail 16 (accuracy): overall, by batch, by the confidence of the label, by pair of policies.
+    # Detail 17 (out of distribution): the same, unchanged, on news articles.
+    # Detail 19 (calibration): published models claim more than they keep, at every margin.
+    groups = {"batch": table.batch, "confidence": table.confidence, "policy pair": table.policies}
+    report = {f"accuracy by {name}": accuracy_rows(table.margin, group) for name, group in groups.items()}
+    report["accuracy on CNN/DM by batch"] = accuracy_rows(news.margin, news.batch)
+    report["calibration"] = calibration_rows(table.margin.to_numpy())
+    scores = {"before normalisation": raw, "after": raw - offset}
+    report["scores of reference summaries"] = [{"": name} | describe(values) for name, values in scores.items()]
+    for title, rows in report.items():
+        if rows:
+            print_table(title, rows)
+    stem = f"{args.output_dir}/eval_{args.eval_split}"
+    draw_evaluation(report["calibration"], raw, offset, f"{args.exp_name}, seed {args.seed}, {args.eval_split}", f"{stem}.png")
+    write_whole(f"{stem}.json", json.dumps(report, indent=2) + "\n")
+    write_whole(f"{args.output_dir}/pairs_{args.eval_split}.csv", table.to_csv(index=False))
+    low, high = wilson_interval(int((table.margin > 0).sum()), len(table))
+    results = {"eval/pairs": len(table), "eval/accuracy": float((table.margin > 0).mean())}
+    results |= {"eval/accuracy_low": low, "eval/accuracy_high": high}
+    results["eval/loss"] = float(np.logaddexp(0, -table.margin).mean())
+    if len(news):
+        results |= {"eval/pairs_cnndm": len(news), "eval/accuracy_cnndm": float((news.margin > 0).mean())}
+    results |= {"eval/reference_mean": float(raw.mean() - offset), "eval/reference_std": float(raw.std())}
+    results |= {"eval/left_padding_mean": float(shift.mean()), "eval/left_padding_max": float(np.abs(shift).max())}
+    return results
+
+
+def load_evaluation(args, config, tokenizer, accelerator: Accelerator):
+    """The TL;DR pairs, CNN/DM pairs (None if there are none) and posts of the evaluation split."""
+    limits = (args.max_query_length, args.max_response_length, args.max_query_response_length)
+    positions = getattr(config, "max_position_embeddings", None) or math.inf
+    longest = min(args.max_cnndm_query_response_length, positions)
+    news_limits = (min(args.max_cnndm_query_length, longest), args.max_cnndm_response_length, longest)
+    pairs = load_comparisons(args.label_dataset, args.eval_split, tokenizer, limits, accelerator)
+    is_news = np.isin(pairs["batch"][:], CNNDM_BATCHES)
+    cnndm = None
+    if args.eval_split == "validation" and has_split(args.label_dataset, "validation_cnndm"):
+        cnndm = load_comparisons(args.label_dataset, "validation_cnndm", tokenizer, news_limits, accelerator)
+    elif is_news.any():  # OpenAI's own files mix both kinds
+        everything = load_comparisons(args.label_dataset, args.eval_split, tokenizer, news_limits, accelerator)
+        cnndm = everything.select(np.flatnonzero(np.isin(everything["batch"][:], CNNDM_BATCHES)))
+    posts = load_posts(args.query_dataset, args.eval_split, tokenizer, post_limits(args), accelerator)
+    return pairs.select(np.flatnonzero(~is_news)) if is_news.any() else pairs, cnndm, posts
+
+
+def post_limits(args) -> tuple[int, int, int]:
+    """The limits of the posts whose reference summaries are scored: those of the comparisons."""
+    return args.max_query_length, args.max_response_length, args.max_query_response_length
+
+
+def main():
+    # 1. Flags.
+    args = tyro.cli(Args, use_underscores=True, description=__doc__)
+    check_flags(args, may_be_zero=("seed", "total_episodes", "warm_up_steps"))
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    accelerator = start_accelerator(args)
+    torch.manual_seed(args.seed)
+
+    # 2. Tokenizer and data.
+    flag = "--reward_model_path" if args.reward_model_path else "--sft_model_path"
+    path = model_folder(args.reward_model_path or args.sft_model_path)
+    config = load_config(path, flag, args.base_model)
+    if args.reward_model_path and config.num_labels != 1:
+        fail(f"{flag} {path}: the model has {config.num_labels} labels; a reward model has one")
+    check_positions(config, args.max_query_response_length, "--max_query_response_length")
+    tokenizer = load_tokenizer(path, flag, args.base_model)
+    pairs = load_comparisons(args.label_dataset, "train", tokenizer, post_limits(args), accelerator).with_format("numpy")
+    posts = load_posts(args.query_dataset, "train", tokenizer, post_limits(args), accelerator)
+    evaluation = load_evaluation(args, config, tokenizer, accelerator) if args.run_eval else None
+
+    # 3. How long to train: batch = micro-batch x accumulation x processes.
+    batch_size = args.local_micro_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    wanted = len(pairs) * args.num_train_epochs if args.total_episodes is None else args.total_episodes
+    num_updates = wanted // batch_size
+    accelerator.print(f"{num_updates} updates of {batch_size} pairs; {wanted - num_updates * batch_size} pairs are left over")
+    if batch_size != PAPER_BATCH_SIZE:
+        accelerator.print(f"note: the batch is {batch_size}; the paper's is {PAPER_BATCH_SIZE}")
+    if num_updates == 0 and wanted > 0:
+        fail(f"{wanted} pairs do not fill one batch of {batch_size}: lower --local_micro_batch_size")
+
+    # 4. Model and optimizer.
+    model = RewardModel(load_classifier(path, config, tokenizer, flag, new_head=args.reward_model_path is None))
+    # AdamW: eps 1e-5 rather than PyTorch's 1e-8; betas and weight decay are PyTorch's defaults (Detail 10).
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=args.eps, betas=(0.9, 0.999), weight_decay=0.01)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    start_records(args, accelerator)
+
+    # 5. Train, normalise, save, evaluate.
+    started = time.time()
+    train(args, accelerator, model, optimizer, pairs, tokenizer.pad_token_id, num_updates)
+    summary = {"updates": num_updates, "episodes": num_updates * batch_size, "time/train": time.time() - started}
+    config = accelerator.unwrap_model(model).classifier.config
+    if num_updates > 0 or not hasattr(config, "normalization_offset"):
+        normalize(args, accelerator, model, posts, tokenizer.pad_token_id)
+    summary |= {"normalization_offset": config.normalization_offset, "normalization_rows": config.normalization_rows}
+    if num_updates > 0:
+        state_dict = accelerator.get_state_dict(model)  # all processes take part where parameters are partitioned
+        if accelerator.is_main_process:
+            weights = {name.removeprefix("classifier."): value for name, value in state_dict.items()}
+            classifier = accelerator.unwrap_model(model).classifier
+            save_model(classifier, weights, tokenizer, "right", args.output_dir)
+    if args.run_eval:
+        started = time.time()
+        results = evaluate(args, accelerator, model, *evaluation, tokenizer.pad_token_id)
+        log_metrics({"episode": num_updates * batch_size} | results, args, accelerator)
+        summary |= results | {"time/eval": time.time() - started}
+    finish_records(summary, args, accelerator)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

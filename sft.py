@@ -1,0 +1,747 @@
+"""
+sft.py: supervised fine-tuning (SFT) of a language model on human TL;DR summaries. Stage 1 of 3: sft, reward, ppo.
+
+What it does. Each row is a Reddit post with a summary that a person wrote. The post is formatted as a query that ends
+in "TL;DR:", the summary is appended as the response, and the model is trained to predict the next token. The result
+is the policy that PPO starts from, the reference policy of PPO's KL penalty, and the body of the reward model.
+
+How to run
+    accelerate launch sft.py                                          # Pythia 1B and the paper's data, from the hub
+    python sft.py --base_model FOLDER --query_dataset FOLDER          # local folders, one process, CPU or GPU
+    python sft.py --base_model FOLDER --total_episodes 0 --run_eval   # only evaluate
+
+What it writes, in --output_dir: model/ (safetensors, config, tokenizer), metrics.jsonl, args.json, summary.json and,
+with --run_eval, samples_<split>.csv.
+
+Where it differs from the code of the paper (arXiv 2403.17031), on purpose
+    1. Raw columns are read, formatted and tokenized here; nothing has to be preprocessed by another script.
+    2. Batches are padded to their longest row, not to 562 tokens: the same gradients for less work.
+    3. The loss is a mean over the tokens of the whole global batch. The published code takes the mean of the means of
+       micro-batches, so there a token's weight depends on how the batch happens to be cut.
+    4. Position ids never count pads, so models with learned positions (GPT-2) are right as well.
+
+Tags such as "Detail 7" or "Detail S" lead to the table of details in the README.
+Letters in shape comments: B rows of a batch, T tokens of a padded row, Q query tokens, R response tokens, V vocabulary.
+"""
+
+import inspect
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Literal, Optional
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+import transformers
+import tyro
+import wandb
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
+from datasets import load_dataset
+from huggingface_hub import HfApi
+from rouge_score.rouge_scorer import RougeScorer
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+
+@dataclass
+class Args:
+    # ---- Run ----
+    exp_name: str = "sft"
+    """name of this experiment, shown by the tracker"""
+    seed: int = 44413
+    """seed of the data order and of the evaluation samples (the paper's seeds: 44413 55513 66613 77713)"""
+    output_dir: str = "models/sft"
+    """folder that receives the model, the metrics and the samples; it must not hold another run"""
+    bf16: bool = False
+    """compute in bfloat16 (autocast; parameters stay fp32); must agree with the launcher's --mixed_precision"""
+    # ---- Model and data ----
+    base_model: str = "EleutherAI/pythia-1b-deduped"
+    """hub id or folder of the causal language model to fine-tune"""
+    query_dataset: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered_oai_preprocessing_1706381144"
+    """posts (columns id, subreddit, title, post, summary): a hub id, or a folder with train, validation and test files
+    (SPLIT.parquet or SPLIT.jsonl)"""
+    max_query_length: int = 512
+    """longest query in tokens; a longer post is cut at its last newline, again and again"""
+    max_response_length: int = 53
+    """longest response in tokens, EOS included; a row with a longer one is left out and counted"""
+    max_query_response_length: int = 562
+    """longest query plus response in tokens; a longer row is left out and counted"""
+    # ---- Optimization ----
+    lr: float = 3e-6
+    """peak learning rate of AdamW; it falls to 0 along a cosine"""
+    eps: float = 1e-5
+    """epsilon of AdamW"""
+    warm_up_steps: int = 0
+    """updates over which the learning rate first rises linearly from 0"""
+    num_train_epochs: int = 1
+    """passes over the training rows, if --total_episodes is not given"""
+    total_episodes: Optional[int] = None
+    """training rows seen in all, cut down to whole batches; default: all rows x --num_train_epochs; 0 only evaluates"""
+    local_micro_batch_size: int = 16
+    """rows per forward pass and process"""
+    gradient_accumulation_steps: int = 1
+    """forward passes per update; batch = micro-batch x accumulation x processes (the paper's batch is 128)"""
+    response_loss_only: bool = False
+    """train on the response tokens only; the paper trains on query and response tokens"""
+    # ---- Evaluation ----
+    run_eval: bool = False
+    """after training, measure loss and ROUGE on --eval_split and write samples_<split>.csv"""
+    eval_split: Literal["validation", "test"] = "validation"
+    """split that --run_eval uses"""
+    max_eval_rows: Optional[int] = None
+    """evaluate on the first so many usable rows of the split; default: all of them"""
+    local_eval_batch_size: int = 16
+    """rows per evaluation batch and process"""
+    response_length: int = 53
+    """tokens sampled per response in the evaluation"""
+    eval_temperature: float = 0.01
+    """sampling temperature in the evaluation"""
+    # ---- Tracking and sharing ----
+    print_samples_every: int = 100
+    """show what the model writes for a validation post every so many updates; 0 never does"""
+    track: bool = False
+    """also log to Weights & Biases (WANDB_MODE=offline works)"""
+    wandb_project_name: str = "tldr_summarize"
+    """project of the tracked run"""
+    wandb_entity: Optional[str] = None
+    """team or user that owns the tracked run; default: yours"""
+    push_to_hub: bool = False
+    """upload the model folder, args.json and metrics.jsonl to the Hugging Face hub when done"""
+    hf_repo_id: Optional[str] = None
+    """repository (user/name) that --push_to_hub uploads to"""
+
+PAPER_BATCH_SIZE = 128
+
+# ---- Small helpers: errors, files, flags -----------------------------------------------------------------------------
+
+
+def fail(message: str):
+    """End the run with one clear line on stderr and exit code 2: for mistakes of the user, not of the program."""
+    if os.environ.get("RANK", "0") == "0":  # under several processes, say it once
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def attempt(load, message: str):
+    """The result of `load()`; if that fails for whatever reason (torn file, unreachable hub, ...), end with `message`."""
+    try:
+        return load()
+    except Exception as error:
+        fail(f"{message} ({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]})")
+
+
+def write_whole(path: str, text: str):
+    """Write `text` to the file `path` whole or not at all: under a temporary name in the same folder, then renamed."""
+    temporary = f"{path}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def check_flags(args, may_be_zero: tuple, any_number: tuple = ()):
+    """Refuse numbers that make no sense, by the name of their flag, and an output folder that is taken."""
+    for name, value in vars(args).items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or name in any_number:
+            continue
+        if not (value > 0 or (value == 0 and name in may_be_zero)) or value == math.inf:
+            fail(f"--{name} is {value}: it must be {'0 or more' if name in may_be_zero else 'greater than 0'}")
+    if args.push_to_hub and not args.hf_repo_id:
+        fail("--push_to_hub needs --hf_repo_id, the repository (user/name) to upload to")
+    for name in ("args.json", "metrics.jsonl", "model", "summary.json"):
+        if os.path.exists(os.path.join(args.output_dir, name)):
+            fail(f"--output_dir {args.output_dir} holds another run ({name}): name another folder or remove it first")
+
+
+def start_accelerator(args) -> Accelerator:
+    """The accelerate object for one process or many, with the precision that --bf16 asks for."""
+    precision = "bf16" if args.bf16 else "no"
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", precision)
+    if launched != precision:  # two switches that disagree would train in a precision that somebody did not ask for
+        wanted = "pass --bf16" if launched == "bf16" else f"launch with --mixed_precision {precision}"
+        fail(f"the launcher's mixed precision is {launched}, the script's is {precision} (--bf16): {wanted}")
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        PartialState(cpu=True)  # DeepSpeed on CPU: makes gloo the backend before the Accelerator chooses one
+    accelerator = Accelerator(gradient_accumulation_steps=args.gradient_accumulation_steps, mixed_precision=precision)
+    if accelerator.state.deepspeed_plugin is not None:  # DeepSpeed asks for it where there is no data loader to read
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config["train_micro_batch_size_per_gpu"] = args.local_micro_batch_size
+    return accelerator
+
+
+# ---- Data: raw posts -> queries and responses as token ids -----------------------------------------------------------
+
+
+def load_split(source: str, split: str, columns: list[str], flag: str, optional: tuple = ()):
+    """
+    One split of a folder (SPLIT.parquet or SPLIT.jsonl) or of a data set on the hub, as a `datasets.Dataset` with
+    `columns` and those of `optional` that it has. Data that cannot be used end the run with a line that names `flag`.
+    """
+    where, loader, arguments = f"{flag} {source} ({split})", source, dict(split=split)
+    if os.path.isdir(source):
+        found = [name for name in (f"{split}.parquet", f"{split}.jsonl") if os.path.exists(os.path.join(source, name))]
+        if not found:
+            fail(f"{flag} {source}: the folder has no {split}.parquet and no {split}.jsonl")
+        where, loader = f"{flag} {source}/{found[0]}", "parquet" if found[0].endswith("parquet") else "json"
+        arguments = dict(data_files=os.path.join(source, found[0]), split="train")
+    message = f"{where}: no such folder, an unreadable file, or not to be had from the hub"
+    rows = attempt(lambda: load_dataset(loader, **arguments), message)
+    missing = [column for column in columns if column not in rows.column_names]
+    if missing:
+        fail(f"{where}: column {', '.join(missing)} is missing; there are {', '.join(rows.column_names) or 'none'}")
+    if len(rows) == 0:
+        fail(f"{where}: no rows")
+    # What else there is, such as the tokens in the paper's preprocessed sets, is ignored: tokens are made anew here.
+    return rows.select_columns(columns + [column for column in optional if column in rows.column_names])
+
+
+def load_tokenizer(path: str, flag: str, base_model: Optional[str] = None):
+    """The tokenizer of a model folder or hub id (of --base_model where a folder has none), with [PAD] as pad token."""
+    if base_model and os.path.isdir(path) and not os.path.exists(os.path.join(path, "tokenizer_config.json")):
+        path, flag = base_model, "--base_model"
+    tokenizer = attempt(lambda: AutoTokenizer.from_pretrained(path), f"{flag} {path}: no tokenizer can be loaded")
+    if tokenizer.eos_token_id is None:
+        fail(f"{flag} {path}: the tokenizer has no EOS token, so a response could never end")
+    # Detail 3 (PAD and EOS): the pad token is a new one, even where the tokenizer brings its own, and never EOS: with
+    # pad == EOS the loss mask hides EOS as well, and the model never learns to stop.
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    return tokenizer
+
+
+def encode(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text, with no BOS or EOS added; a "<|endoftext|>" that somebody typed stays ordinary text."""
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
+
+
+def bos_prefix(tokenizer) -> list[int]:
+    """[BOS] if the tokenizer itself begins a text with it (Llama), else []. It belongs once, at the query's start."""
+    with_special, plain = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    return [tokenizer.bos_token_id] if with_special[:1] == [tokenizer.bos_token_id] != plain[:1] else []
+
+
+def post_parts(subreddit: str, title: str, post: str) -> tuple[str, str, str]:
+    """
+    The query of a post in three parts (head, body, tail), of which only the body may be cut.
+
+    >>> "".join(post_parts("cats", "My cat", "She ate my lunch."))
+    'SUBREDDIT: r/cats\\n\\nTITLE: My cat\\n\\nPOST: She ate my lunch.\\n\\nTL;DR:'
+    """
+    # No space after the last colon: the response brings its own, since " word" is one token of a byte-level BPE. A
+    # space left at the query's end would put every first word into a form that the model has hardly ever seen.
+    return f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: ", post, "\n\nTL;DR:"
+
+
+def fit_queries(tokenizer, parts: list[tuple[str, str, str]], max_tokens: int) -> list[str]:
+    """
+    Join each (head, body, tail) to a query of at most `max_tokens`; "" if even an empty body does not fit.
+
+    >>> fit_queries(tokenizer, [("POST: ", "one\\ntwo\\nthree", "\\n\\nTL;DR:")], 10)    # where all would need 12
+    ['POST: one\\ntwo\\n\\nTL;DR:']
+    """
+    queries, room = ["".join(part) for part in parts], max_tokens - len(bos_prefix(tokenizer))
+    for i, ids in enumerate(encode(tokenizer, queries)):
+        head, body, tail = parts[i]
+        # Detail 2 (query truncation): cut the post at its last newline, again and again; where none is left, drop one
+        # character at a time. Never a hard cut of tokens: that would lose the "TL;DR:" that asks for the summary.
+        while len(ids) > room and body:
+            newline = body.rfind("\n")
+            body = body[:newline] if newline >= 0 else body[:-1]
+            ids = encode(tokenizer, [head + body + tail])[0]
+        queries[i] = head + body + tail if len(ids) <= room else ""
+    return queries
+
+
+def tokenize_posts(rows: dict, tokenizer, max_query: int, max_response: int, max_both: int) -> dict:
+    """
+    One batch of raw posts -> one batch of rows with text and token ids, for `datasets.map(batched=True)`.
+
+    Returns `id`; `query`, `reference` (text); `query_tokens` (ids, BOS first if the tokenizer has one); `tokens` (ids of
+    query and reference, EOS last); `problem` (why the row cannot be used, or "").
+    """
+    fields = ("subreddit", "title", "post", "summary")
+    # A field that is no text stands in as "", so that all lists stay aligned; its problem keeps the row out in the end.
+    texts = [[value if isinstance(value, str) else "" for value in rows[field]] for field in fields]
+    queries = fit_queries(tokenizer, [post_parts(*part) for part in zip(*texts[:3])], max_query)
+    # The completion begins with one space (summaries lack it, preference texts have it) and ends with EOS (Detail 3).
+    references = [" " + summary.lstrip() for summary in texts[3]]
+    bos, eos = bos_prefix(tokenizer), [tokenizer.eos_token_id]
+    query_tokens = [bos + ids for ids in encode(tokenizer, queries)]
+    # Detail 5 (joined): query and response are joined as text and tokenized together.
+    tokens = [bos + ids + eos for ids in encode(tokenizer, [q + r for q, r in zip(queries, references)])]
+    problems = []
+    for i, (ids, both) in enumerate(zip(query_tokens, tokens)):
+        problem = [f"{field} is missing or is no text" for field in fields if not isinstance(rows[field][i], str)]
+        problem += ["summary is empty"] * (not references[i].strip())
+        problem += [f"the post cannot be cut to {max_query} query tokens (--max_query_length)"] * (not queries[i])
+        # Detail 4 (lengths): a response that is too long is left out, not cut, since cutting it would remove its EOS.
+        too_long = len(both) - len(ids) > max_response
+        problem += [f"the response is longer than {max_response} tokens (--max_response_length)"] * too_long
+        problem += [f"longer than {max_both} tokens (--max_query_response_length)"] * (len(both) > max_both)
+        problems.append(problem[0] if problem else "")
+    ids = [str(i) for i in rows["id"]]
+    return dict(
+        id=ids, query=queries, reference=references, query_tokens=query_tokens, tokens=tokens, problem=problems
+    )
+
+
+def keep_usable(rows, name: str, accelerator: Accelerator):
+    """Leave out the rows that have a problem, and say how many they are, why, and which (the first few)."""
+    left_out = defaultdict(list)
+    for i, problem in enumerate(rows["problem"]):
+        left_out[problem].append(i)
+    keep = left_out.pop("", [])
+    accelerator.print(f"{name}: {len(keep):,} of {len(rows):,} rows can be used")
+    for problem, numbers in left_out.items():
+        ids = ", ".join(rows[numbers[:5]]["id"]) + (", ..." if len(numbers) > 5 else "")
+        accelerator.print(f"  left out: {len(numbers):,} x {problem} (id {ids})")
+    if not keep:
+        fail(f"{name}: no usable row; the first problem is: {rows[0]['problem']}")
+    return rows.select(keep) if left_out else rows
+
+
+def load_posts(source: str, split: str, tokenizer, limits: tuple[int, int, int], accelerator: Accelerator):
+    """One split of posts, formatted and tokenized (see `tokenize_posts`); unusable rows are named and left out."""
+    # Detail 1 (specification): the columns and splits of the paper's TL;DR set.
+    with accelerator.main_process_first():  # one process tokenizes, the others read its cache
+        rows = load_split(source, split, ["id", "subreddit", "title", "post", "summary"], "--query_dataset")
+        rows = rows.map(
+            tokenize_posts,
+            batched=True,
+            fn_kwargs=dict(tokenizer=tokenizer, max_query=limits[0], max_response=limits[1], max_both=limits[2]),
+            remove_columns=rows.column_names,
+            desc=f"tokenizing posts, {split}",
+        )
+    return keep_usable(rows, f"posts, {split}", accelerator)
+
+
+def take_rows(num_rows: int, seed: int, start: int, stop: int) -> np.ndarray:
+    """Row numbers at positions start .. stop-1 of the endless stream of rows, which has a new order in every pass."""
+    # Detail S (data order): every process computes the same stream from the same seed and then takes its own share.
+    # Shuffling with a seed of one's own per process and sharding after that lets 8 processes see 66% of the rows.
+    passes = range(start // num_rows, (stop - 1) // num_rows + 1)
+    stream = np.concatenate([np.random.default_rng([seed, epoch]).permutation(num_rows) for epoch in passes])
+    return stream[start - passes[0] * num_rows :][: stop - start]
+
+
+def deal_micro_batches(rows: np.ndarray, lengths: np.ndarray, micro: int, accelerator: Accelerator) -> list[np.ndarray]:
+    """Cut a global batch of row numbers into micro-batches of similar `lengths` (of all rows); return this process's."""
+    # The longest come first: if memory does not suffice, it shows in the first step. The order changes no gradient,
+    # since the loss is normalised over the whole global batch.
+    by_length = rows[np.argsort(-lengths[rows], kind="stable")]
+    first, step = accelerator.process_index * micro, accelerator.num_processes * micro
+    return [by_length[start + first : start + first + micro] for start in range(0, len(rows), step)]
+
+
+def pad_rows(rows: list, pad_token_id: int, side: str, device) -> torch.Tensor:
+    """Token ids of different lengths -> one (B, T) tensor, padded on one side to the longest of them and no further."""
+    width = max(len(row) for row in rows)
+    padded = torch.full((len(rows), width), pad_token_id, dtype=torch.long)  # (B, T)
+    for i, row in enumerate(rows):
+        where = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+        padded[i, where] = torch.tensor(row)
+    return padded.to(device)
+
+
+# ---- Model -----------------------------------------------------------------------------------------------------------
+
+
+def model_folder(path: str) -> str:
+    """`path`, or its subfolder model/ if `path` is the output folder of a run."""
+    inside = os.path.join(path, "model")
+    return inside if os.path.exists(os.path.join(inside, "config.json")) else path
+
+
+def load_config(path: str, flag: str, base_model: Optional[str] = None):
+    """
+    The config of a model folder or hub id, with every kind of dropout switched off.
+
+    --base_model gives it where a folder has none; one that contradicts the folder ends the run.
+    """
+    if base_model and os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
+        return load_config(base_model, "--base_model")
+    message = f"{flag} {path}: not a model folder, and not a model that the hub gives"
+    config = attempt(lambda: AutoConfig.from_pretrained(path), message)
+    if base_model:
+        base = load_config(base_model, "--base_model")
+        for name in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+            if getattr(config, name, None) != getattr(base, name, None):
+                ours, theirs = getattr(config, name, None), getattr(base, name, None)
+                fail(f"--base_model {base_model} contradicts {flag} {path}: {name} is {theirs} there and {ours} here")
+    # Detail 7 (dropout off): with dropout, the same tokens get another logprob in every forward pass: the KL penalty is
+    # noise and PPO's first ratios are not 1. Set in the config, before the model is built: some models (GPT-NeoX's
+    # attention) read it from there, and zeroing the p of every nn.Dropout would miss them.
+    for name, value in config.to_dict().items():
+        if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, (int, float)):
+            setattr(config, name, 0.0)
+    return config
+
+
+def check_positions(config, needed: int, flags: str):
+    """Refuse lengths for which the model has no positions."""
+    positions = getattr(config, "max_position_embeddings", None) or math.inf
+    if needed > positions:
+        fail(f"{flags}: {needed} positions are needed, but the model has only {positions}; lower the flags")
+
+
+def add_pad_row(model, pad_token_id: int):
+    """Make sure that the embedding has a row for [PAD], and tell the config of it."""
+    # Pythia has spare rows. Llama and GPT-2 have not: they get one row, the mean of the others. The scripts never read
+    # it, but plain transformers could not load or batch the folder without it. A row of zeros would be worse than none
+    # in the head: its logit 0 can exceed every other.
+    if pad_token_id >= model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(pad_token_id + 1, mean_resizing=False)
+        for layer in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
+            layer.weight.data[pad_token_id] = layer.weight.data[:pad_token_id].mean(0)
+    model.config.pad_token_id = pad_token_id
+
+
+def load_causal_lm(path: str, config, tokenizer, flag: str):
+    """A causal language model with fp32 parameters."""
+    # Detail 8 (fp32 masters): transformers keeps the checkpoint's dtype, and Pythia's is fp16. At lr 3e-6 most updates
+    # would be rounded away there. bf16 is for the computation only (autocast, or DeepSpeed's).
+    model, info = attempt(
+        lambda: AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=torch.float32, output_loading_info=True
+        ),
+        f"{flag} {path}: no causal language model can be loaded from there",
+    )
+    if info["missing_keys"]:  # a reward model's folder, say: its missing head would silently be random
+        fail(f"{flag} {path}: not a causal language model, it has no weights for {sorted(info['missing_keys'])[0]}")
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        fail(f"{flag} {path}: {type(model).__name__} does not take logits_to_keep, which these scripts rely on")
+    add_pad_row(model, tokenizer.pad_token_id)
+    # What plain `model.generate` will need of the saved folder: where to stop, and what to pad with.
+    special = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, **special)
+    return model
+
+
+def model_inputs(token_ids: torch.Tensor, pad_token_id: int) -> dict:
+    """
+    What a transformers model takes, from padded ids (B, T): pads on either side are masked out, fed as id 0, and not
+    counted by the position ids.
+
+    >>> model_inputs(torch.tensor([[9, 9, 5, 6]]), pad_token_id=9)["position_ids"]
+    tensor([[0, 0, 0, 1]])
+    """
+    attention_mask = token_ids != pad_token_id  # (B, T)
+    # Detail 6 (positions): harmless to forget with rotary embeddings, wrong with learned positions such as GPT-2's.
+    position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)  # (B, T)
+    input_ids = token_ids.masked_fill(~attention_mask, 0)  # (B, T)
+    return dict(input_ids=input_ids, attention_mask=attention_mask.long(), position_ids=position_ids)
+
+
+def save_model(model, state_dict: dict, tokenizer, padding_side: str, output_dir: str):
+    """Write OUTPUT_DIR/model (safetensors, config, tokenizer), complete in itself, whole or not at all."""
+    temporary, final = os.path.join(output_dir, "model.tmp"), os.path.join(output_dir, "model")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary, state_dict=state_dict)
+    tokenizer.padding_side = padding_side
+    tokenizer.save_pretrained(temporary)
+    os.rename(temporary, final)
+
+
+# ---- The mathematics -------------------------------------------------------------------------------------------------
+
+
+def cosine_factor(update: int, num_updates: int, warm_up_steps: int) -> float:
+    """
+    Learning rate of update 0, 1, ... as a share of its peak: a linear rise over the warm-up, then half a cosine to 0.
+
+    >>> [round(cosine_factor(u, 4, 0), 3) for u in range(4)]
+    [1.0, 0.854, 0.5, 0.146]
+    """
+    if update < warm_up_steps:
+        return update / warm_up_steps
+    progress = (update - warm_up_steps) / max(1, num_updates - warm_up_steps)
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def target_mask(token_ids: torch.Tensor, query_lengths: torch.Tensor, pad: int, response_only: bool) -> torch.Tensor:
+    """Which tokens of right-padded rows (B, T) the loss counts: all but the pads, or only the response's. (B, T) bool."""
+    mask = token_ids != pad  # (B, T)
+    # Detail 9 (SFT loss): on query AND response. There is far more text in the posts than in the summaries, and a
+    # pretrained model adapts to it too; a model that starts from nothing may want the response only.
+    if response_only:
+        mask = mask & (torch.arange(token_ids.shape[1], device=token_ids.device) >= query_lengths[:, None])
+    mask[:, 0] = False  # the first token has nothing to be predicted from
+    return mask
+
+
+def token_nll(logits: torch.Tensor, token_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """
+    Negative log-likelihood in nats of every token given those before it, 0 where `mask` is False.
+
+    logits (B, T, V), token_ids and mask (B, T) -> (B, T-1). The logits at a position predict the NEXT token.
+    """
+    labels = token_ids.masked_fill(~mask, -100)[:, 1:]  # (B, T-1); -100 is what cross_entropy leaves out
+    nll = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels.flatten(), reduction="none")  # (B*(T-1),)
+    return nll.view(labels.shape)
+
+
+@torch.no_grad()
+def generate(model, queries: torch.Tensor, response_length: int, temperature: float, tokenizer, generator):
+    """
+    Sample a response to each query, token by token, with a KV cache that rows leave when they have ended.
+
+    queries (B, Q), LEFT-padded, so that every response begins right after its query. Returns (B, R): up to
+    `response_length` tokens, [PAD] after the first EOS. Each row consumes its own row of random numbers, so what is
+    sampled for a row does not depend on which other rows are still there.
+    """
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    num_rows, device = queries.shape[0], queries.device
+    responses = torch.full((num_rows, response_length), pad, device=device)  # (B, R)
+    uniforms = torch.rand((num_rows, response_length), generator=generator, device=device, dtype=torch.float64)
+    alive = torch.arange(num_rows, device=device)  # rows that have not ended, (A,)
+    inputs, cache = model_inputs(queries, pad), None
+    for t in range(response_length):
+        # The prompt's logits are never computed: only those of the last position are kept.
+        output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits = output.logits[:, -1].float() / (temperature + 1e-7)  # (A, V)
+        # Ids that stand for no text ([PAD], spare rows of the embedding) must not be sampled: a [PAD] within a
+        # response would look like its end.
+        logits[:, pad] = -torch.inf
+        logits[:, len(tokenizer) :] = -torch.inf
+        # Inverse-CDF sampling: the first token whose cumulative probability exceeds u. In float64, since in float32
+        # a sum over 50,000 probabilities would round the rare ones away.
+        cdf = logits.double().softmax(-1).cumsum(-1)  # (A, V)
+        token = torch.searchsorted(cdf, uniforms[alive, t, None] * cdf[:, -1:], right=True).squeeze(1)  # (A,)
+        responses[alive, t] = token
+        going_on = (token != eos).nonzero().squeeze(1)  # positions within the alive rows
+        if len(going_on) == 0:
+            break
+        cache, mask, position = output.past_key_values, inputs["attention_mask"], inputs["position_ids"][:, -1:]
+        if len(going_on) < len(alive):
+            cache.batch_select_indices(going_on)
+            alive, token, mask, position = alive[going_on], token[going_on], mask[going_on], position[going_on]
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)  # (A, Q + t + 1)
+        inputs = dict(input_ids=token[:, None], attention_mask=mask, position_ids=position + 1)
+    return responses
+
+
+def seeded_generator(device, *key: int) -> torch.Generator:
+    """A random generator that is a pure function of `key`: the same key gives the same numbers, whatever ran before."""
+    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
+
+# ---- Records: flags, metrics, tables ---------------------------------------------------------------------------------
+
+
+def start_records(args, accelerator: Accelerator):
+    """Claim the output folder: write args.json (flags, versions, commit, command) and start the tracker if asked."""
+    if not accelerator.is_main_process:
+        return
+    os.makedirs(args.output_dir, exist_ok=True)
+    here = os.path.dirname(os.path.abspath(__file__))
+    git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True)
+    packages = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
+    record = {"args": asdict(args), "command": sys.argv, "seed": args.seed, "git_commit": git.stdout.strip() or None}
+    record["versions"] = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
+    record["launch"] = f"{accelerator.num_processes} x {accelerator.device.type}, {accelerator.distributed_type.value}"
+    write_whole(os.path.join(args.output_dir, "args.json"), json.dumps(record, indent=2) + "\n")
+    if args.track:
+        name = f"{args.exp_name}__{args.seed}"
+        project, entity = args.wandb_project_name, args.wandb_entity
+        wandb.init(project=project, entity=entity, name=name, config=record, dir=args.output_dir)
+
+
+def log_metrics(metrics: dict, args, accelerator: Accelerator):
+    """Append one flat line to metrics.jsonl (and to the tracker). A number that is not finite ends the run here."""
+    broken = [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
+    if broken:
+        raise FloatingPointError(f"{', '.join(broken)} is not finite at episode {metrics['episode']}: {metrics}")
+    if accelerator.is_main_process:
+        with open(os.path.join(args.output_dir, "metrics.jsonl"), "a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+        if args.track:
+            wandb.log(metrics)
+
+
+def finish_records(summary: dict, args, accelerator: Accelerator):
+    """Write summary.json, print it as a table, close the tracker and share the model if asked."""
+    if not accelerator.is_main_process:
+        return
+    write_whole(os.path.join(args.output_dir, "summary.json"), json.dumps(summary, indent=2) + "\n")
+    print(f"\n{args.exp_name}: results, also in {args.output_dir}/summary.json")
+    for name, value in summary.items():
+        print(f"  {name:<34}{value:.4f}" if isinstance(value, float) else f"  {name:<34}{value}")
+    if args.track:
+        wandb.summary.update(summary)
+        wandb.finish()
+    if args.push_to_hub:
+        HfApi().create_repo(args.hf_repo_id, exist_ok=True)
+        for folder, files in ((f"{args.output_dir}/model", None), (args.output_dir, ["args.json", "metrics.jsonl"])):
+            HfApi().upload_folder(repo_id=args.hf_repo_id, folder_path=folder, allow_patterns=files)
+
+
+def show_samples(samples: list[dict], title: str):
+    """Print a few samples for a person to read: the end of the query, what the model wrote, what a person wrote."""
+    tqdm.write(f"--- {title}")
+    for sample in samples:
+        tqdm.write(f"    post      ...{sample['query'][-160:]!r}")
+        tqdm.write(f"    response  {sample['response'].strip()!r}")
+        tqdm.write(f"    reference {sample['reference'].strip()!r}")
+
+
+# ---- Training and evaluation -----------------------------------------------------------------------------------------
+
+
+def summed_nll(args, accelerator: Accelerator, model, rows: dict, pad: int) -> torch.Tensor:
+    """Forward pass over some rows: the sum of the loss over their target tokens, a scalar with gradient."""
+    token_ids = pad_rows(rows["tokens"], pad, "right", accelerator.device)  # (B, T)
+    query_lengths = torch.tensor([len(ids) for ids in rows["query_tokens"]], device=accelerator.device)
+    logits = model(**model_inputs(token_ids, pad), use_cache=False).logits  # (B, T, V)
+    return token_nll(logits, token_ids, target_mask(token_ids, query_lengths, pad, args.response_loss_only)).sum()
+
+
+def count_targets(rows: dict, response_only: bool) -> np.ndarray:
+    """How many target tokens each row has: all but the first, or those of the response."""
+    return np.array([len(t) - (len(q) if response_only else 1) for t, q in zip(rows["tokens"], rows["query_tokens"])])
+
+
+def train(args, accelerator: Accelerator, model, optimizer, posts, eval_posts, tokenizer, num_updates: int):
+    """The training loop: each update is one optimizer step over one global batch, and one line of metrics."""
+    started, pad = time.time(), tokenizer.pad_token_id
+    batch_size = args.local_micro_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    lengths = np.array([len(ids) for ids in posts["tokens"]])  # of every row, known to all processes,
+    targets = count_targets(posts[:], args.response_loss_only)  # like these
+    model.train()
+    for update in tqdm(range(num_updates), desc="SFT", disable=not accelerator.is_main_process, mininterval=2):
+        lr = args.lr * cosine_factor(update, num_updates, args.warm_up_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        rows = take_rows(len(posts), args.seed, update * batch_size, (update + 1) * batch_size)  # of the global batch
+        num_targets, nll_sum = int(targets[rows].sum()), torch.zeros((), device=accelerator.device)
+        for mine in deal_micro_batches(rows, lengths, args.local_micro_batch_size, accelerator):
+            with accelerator.accumulate(model):
+                nll = summed_nll(args, accelerator, model, posts[mine], pad)
+                # accelerate divides by the accumulation steps and averages over the processes; both are undone, so that
+                # the gradient is that of the mean over the global batch, however it is cut.
+                accelerator.backward(nll / num_targets * args.gradient_accumulation_steps * accelerator.num_processes)
+                optimizer.step()
+                optimizer.zero_grad()
+            nll_sum += nll.detach()
+        episode = (update + 1) * batch_size
+        metrics = {"episode": episode, "epoch": episode / len(posts), "lr": lr}
+        metrics["sft/loss"] = accelerator.reduce(nll_sum, "sum").item() / num_targets
+        metrics["eps"] = episode / (time.time() - started)
+        log_metrics(metrics, args, accelerator)
+        if accelerator.is_main_process and (update + 1) % max(1, num_updates // 50) == 0:
+            line = f"update {update + 1}/{num_updates}  loss {metrics['sft/loss']:.4f}  lr {lr:.2e}"
+            tqdm.write(f"{line}  {metrics['eps']:.1f} rows/s")
+        if args.print_samples_every and (update + 1) % args.print_samples_every == 0 and accelerator.is_main_process:
+            show_samples(sample_rows(args, accelerator, model, eval_posts[:1], tokenizer), f"after update {update + 1}")
+
+
+def sample_rows(args, accelerator: Accelerator, model, rows: dict, tokenizer) -> list[dict]:
+    """A response to each of some rows: a list of dicts with id, query, response, reference, and tokens (its length)."""
+    queries = pad_rows(rows["query_tokens"], tokenizer.pad_token_id, "left", accelerator.device)  # (B, Q)
+    # Every process samples with a seed of its own (while all share the order of the data, Detail S).
+    generator = seeded_generator(accelerator.device, args.seed + 100003 * accelerator.process_index)
+    model = accelerator.unwrap_model(model)
+    with accelerator.autocast():
+        responses = generate(model, queries, args.response_length, args.eval_temperature, tokenizer, generator)  # (B, R)
+    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    tokens = (responses != tokenizer.pad_token_id).sum(1).tolist()
+    columns = zip(rows["id"], rows["query"], texts, rows["reference"], tokens)
+    names = ("id", "query", "response", "reference", "tokens")
+    return [dict(zip(names, (i, q, text.strip(), ref.strip(), n))) for i, q, text, ref, n in columns]
+
+
+@torch.no_grad()
+def evaluate(args, accelerator: Accelerator, model, posts, tokenizer) -> dict:
+    """Loss and ROUGE-1/2/L (F-measure) against the references on the evaluation split; writes the samples."""
+    posts = posts.select(range(min(args.max_eval_rows or len(posts), len(posts))))
+    # Every row is counted once, whatever the number of processes: process i takes rows i, i + n, i + 2n, ...
+    n, size = accelerator.num_processes, args.local_eval_batch_size
+    mine = posts.select(range(accelerator.process_index, len(posts), n))
+    unwrapped, nll_sum, samples = accelerator.unwrap_model(model), 0.0, []
+    for start in tqdm(range(0, len(mine), size), desc="evaluation", disable=not accelerator.is_main_process):
+        rows = mine[start : start + size]
+        with accelerator.autocast():
+            nll_sum += summed_nll(args, accelerator, unwrapped, rows, tokenizer.pad_token_id).item()
+        samples += sample_rows(args, accelerator, model, rows, tokenizer)
+    nll_sums, samples = gather_object([nll_sum]), gather_object([samples])
+    if not accelerator.is_main_process:
+        return {}
+    samples = pd.DataFrame([samples[i % n][i // n] for i in range(len(posts))])  # in the order of the split again
+    columns = ["id", "query", "response", "reference"]
+    write_whole(f"{args.output_dir}/samples_{args.eval_split}.csv", samples[columns].to_csv(index=False))
+    show_samples(samples[:3].to_dict("records"), f"samples at temperature {args.eval_temperature}")
+    kinds = ("rouge1", "rouge2", "rougeL")
+    scorer = RougeScorer(kinds, use_stemmer=True)
+    scores = [scorer.score(reference, text) for reference, text in zip(samples.reference, samples.response)]
+    results = {"eval/rows": len(samples), "eval/response_length": float(samples.tokens.mean())}
+    results["eval/loss"] = sum(nll_sums) / int(count_targets(posts[:], args.response_loss_only).sum())
+    return results | {f"eval/{kind}": float(np.mean([score[kind].fmeasure for score in scores])) for kind in kinds}
+
+
+def main():
+    # 1. Flags.
+    args = tyro.cli(Args, use_underscores=True, description=__doc__)
+    check_flags(args, may_be_zero=("seed", "total_episodes", "warm_up_steps", "print_samples_every"))
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    accelerator = start_accelerator(args)
+    torch.manual_seed(args.seed)
+
+    # 2. Tokenizer and data.
+    path = model_folder(args.base_model)
+    config = load_config(path, "--base_model")
+    check_positions(config, args.max_query_response_length, "--max_query_response_length")
+    sampling = args.run_eval or args.print_samples_every > 0
+    if sampling:
+        check_positions(config, args.max_query_length + args.response_length, "--max_query_length + --response_length")
+    tokenizer = load_tokenizer(path, "--base_model")
+    limits = (args.max_query_length, args.max_response_length, args.max_query_response_length)
+    posts = load_posts(args.query_dataset, "train", tokenizer, limits, accelerator)
+    eval_posts = load_posts(args.query_dataset, args.eval_split, tokenizer, limits, accelerator) if sampling else None
+
+    # 3. How long to train: batch = micro-batch x accumulation x processes.
+    batch_size = args.local_micro_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    wanted = len(posts) * args.num_train_epochs if args.total_episodes is None else args.total_episodes
+    num_updates = wanted // batch_size
+    accelerator.print(f"{num_updates} updates of {batch_size} rows; {wanted - num_updates * batch_size} rows are left over")
+    if batch_size != PAPER_BATCH_SIZE:
+        accelerator.print(f"note: the batch is {batch_size}; the paper's is {PAPER_BATCH_SIZE}")
+    if num_updates == 0 and wanted > 0:
+        fail(f"{wanted} rows do not fill one batch of {batch_size}: lower --local_micro_batch_size")
+
+    # 4. Model and optimizer.
+    model = load_causal_lm(path, config, tokenizer, "--base_model")
+    # AdamW: eps 1e-5 rather than PyTorch's 1e-8; betas and weight decay are PyTorch's defaults (Detail 9).
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=args.eps, betas=(0.9, 0.999), weight_decay=0.01)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    start_records(args, accelerator)
+
+    # 5. Train, save, evaluate.
+    started = time.time()
+    train(args, accelerator, model, optimizer, posts, eval_posts, tokenizer, num_updates)
+    summary = {"updates": num_updates, "episodes": num_updates * batch_size, "time/train": time.time() - started}
+    if num_updates > 0:
+        state_dict = accelerator.get_state_dict(model)  # all processes take part where parameters are partitioned
+        if accelerator.is_main_process:
+            save_model(accelerator.unwrap_model(model), state_dict, tokenizer, "left", args.output_dir)
+    if args.run_eval:
+        started = time.time()
+        results = evaluate(args, accelerator, model, eval_posts, tokenizer)
+        log_metrics({"episode": num_updates * batch_size} | results, args, accelerator)
+        summary |= results | {"time/eval": time.time() - started}
+    finish_records(summary, args, accelerator)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
