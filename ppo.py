@@ -31,9 +31,6 @@ Tags such as "Detail 23" or "Detail T" lead to the table of details in the READM
 T tokens of a padded row, Q query tokens, R response tokens (R' after trimming to the longest), V vocabulary.
 """
 
-import contextlib
-import functools
-import inspect
 import json
 import math
 import os
@@ -90,7 +87,7 @@ class Args:
     max_query_length: int = 512
     """longest query in tokens; a longer post is cut at its last newline, again and again"""
     max_response_length: int = 53
-    """longest reference summary in tokens, EOS included; PPO uses the posts that SFT uses, so the limits are the same"""
+    """longest reference summary in tokens, EOS included, as in SFT: PPO uses the same posts"""
     max_query_response_length: int = 562
     """longest query plus reference summary in tokens, as in SFT"""
     # ---- Batches ----
@@ -174,7 +171,7 @@ def fail(message: str):
 
 
 def attempt(load, message: str):
-    """The result of `load()`; if that fails for whatever reason (torn file, unreachable hub, ...), end with `message`."""
+    """The result of `load()`; if it fails for whatever reason (torn file, unreachable hub, ...), end with `message`."""
     try:
         return load()
     except Exception as error:
@@ -272,24 +269,14 @@ def bos_prefix(tokenizer) -> list[int]:
 
 
 def post_parts(subreddit: str, title: str, post: str) -> tuple[str, str, str]:
-    """
-    The query of a post in three parts (head, body, tail), of which only the body may be cut.
-
-    >>> "".join(post_parts("cats", "My cat", "She ate my lunch."))
-    'SUBREDDIT: r/cats\\n\\nTITLE: My cat\\n\\nPOST: She ate my lunch.\\n\\nTL;DR:'
-    """
+    """The query of a post in three parts (head, body, tail), of which only the body may be cut."""
     # No space after the last colon: the response brings its own, since " word" is one token of a byte-level BPE. A
     # space left at the query's end would put every first word into a form that the model has hardly ever seen.
     return f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: ", post, "\n\nTL;DR:"
 
 
 def fit_queries(tokenizer, parts: list[tuple[str, str, str]], max_tokens: int) -> list[str]:
-    """
-    Join each (head, body, tail) to a query of at most `max_tokens`; "" if even an empty body does not fit.
-
-    >>> fit_queries(tokenizer, [("POST: ", "one\\ntwo\\nthree", "\\n\\nTL;DR:")], 10)    # where all would need 12
-    ['POST: one\\ntwo\\n\\nTL;DR:']
-    """
+    """Join each (head, body, tail) to a query of at most `max_tokens`; "" if even an empty body does not fit."""
     queries, room = ["".join(part) for part in parts], max_tokens - len(bos_prefix(tokenizer))
     for i, ids in enumerate(encode(tokenizer, queries)):
         head, body, tail = parts[i]
@@ -307,8 +294,8 @@ def tokenize_posts(rows: dict, tokenizer, max_query: int, max_response: int, max
     """
     One batch of raw posts -> one batch of rows with text and token ids, for `datasets.map(batched=True)`.
 
-    Returns `id`; `query`, `reference` (text); `query_tokens` (ids, BOS first if the tokenizer has one); `tokens` (ids of
-    query and reference, EOS last); `problem` (why the row cannot be used, or "").
+    Returns `id`; `query`, `reference` (text); `query_tokens` (ids, BOS first if there is one); `tokens` (ids of query
+    and reference, EOS last); `problem` (why the row cannot be used, or "").
     """
     fields = ("subreddit", "title", "post", "summary")
     # A field that is no text stands in as "", so that all lists stay aligned; its problem keeps the row out in the end.
@@ -330,10 +317,8 @@ def tokenize_posts(rows: dict, tokenizer, max_query: int, max_response: int, max
         problem += [f"the response is longer than {max_response} tokens (--max_response_length)"] * too_long
         problem += [f"longer than {max_both} tokens (--max_query_response_length)"] * (len(both) > max_both)
         problems.append(problem[0] if problem else "")
-    ids = [str(i) for i in rows["id"]]
-    return dict(
-        id=ids, query=queries, reference=references, query_tokens=query_tokens, tokens=tokens, problem=problems
-    )
+    out = dict(id=[str(i) for i in rows["id"]], query=queries, reference=references)
+    return out | dict(query_tokens=query_tokens, tokens=tokens, problem=problems)
 
 
 def keep_usable(rows, name: str, accelerator: Accelerator):
@@ -376,7 +361,7 @@ def take_rows(num_rows: int, seed: int, start: int, stop: int) -> np.ndarray:
 
 
 def deal_micro_batches(rows: np.ndarray, lengths: np.ndarray, micro: int, accelerator: Accelerator) -> list[np.ndarray]:
-    """Cut a global batch of row numbers into micro-batches of similar `lengths` (of all rows); return this process's."""
+    """Cut a global batch of row numbers into micro-batches of similar `lengths`; return those of this process."""
     # The longest come first: if memory does not suffice, it shows in the first step. The order changes no gradient,
     # since the loss is normalised over the whole global batch.
     by_length = rows[np.argsort(-lengths[rows], kind="stable")]
@@ -404,11 +389,7 @@ def model_folder(path: str) -> str:
 
 
 def load_config(path: str, flag: str, base_model: Optional[str] = None):
-    """
-    The config of a model folder or hub id, with every kind of dropout switched off.
-
-    --base_model gives it where a folder has none; one that contradicts the folder ends the run.
-    """
+    """The config of a model folder or hub id (of --base_model where the folder has none), with dropout off."""
     if base_model and os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
         return load_config(base_model, "--base_model")
     message = f"{flag} {path}: not a model folder, and not a model that the hub gives"
@@ -416,8 +397,8 @@ def load_config(path: str, flag: str, base_model: Optional[str] = None):
     if base_model:
         base = load_config(base_model, "--base_model")
         for name in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads"):
-            if getattr(config, name, None) != getattr(base, name, None):
-                ours, theirs = getattr(config, name, None), getattr(base, name, None)
+            ours, theirs = getattr(config, name, None), getattr(base, name, None)
+            if ours != theirs:
                 fail(f"--base_model {base_model} contradicts {flag} {path}: {name} is {theirs} there and {ours} here")
     # Detail 7 (dropout off): with dropout, the same tokens get another logprob in every forward pass: the KL penalty is
     # noise and PPO's first ratios are not 1. Set in the config, before the model is built: some models (GPT-NeoX's
@@ -451,16 +432,11 @@ def load_causal_lm(path: str, config, tokenizer, flag: str):
     """A causal language model with fp32 parameters."""
     # Detail 8 (fp32 masters): transformers keeps the checkpoint's dtype, and Pythia's is fp16. At lr 3e-6 most updates
     # would be rounded away there. bf16 is for the computation only (autocast, or DeepSpeed's).
-    model, info = attempt(
-        lambda: AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=torch.float32, output_loading_info=True
-        ),
-        f"{flag} {path}: no causal language model can be loaded from there",
-    )
+    options = dict(config=config, dtype=torch.float32, output_loading_info=True)
+    message = f"{flag} {path}: no causal language model can be loaded from there"
+    model, info = attempt(lambda: AutoModelForCausalLM.from_pretrained(path, **options), message)
     if info["missing_keys"]:  # a reward model's folder, say: its missing head would silently be random
         fail(f"{flag} {path}: not a causal language model, it has no weights for {sorted(info['missing_keys'])[0]}")
-    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        fail(f"{flag} {path}: {type(model).__name__} does not take logits_to_keep, which these scripts rely on")
     add_pad_row(model, tokenizer.pad_token_id)
     # What plain `model.generate` will need of the saved folder: where to stop, and what to pad with.
     special = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
@@ -484,19 +460,6 @@ def model_inputs(token_ids: torch.Tensor, pad_token_id: int) -> dict:
     return dict(input_ids=input_ids, attention_mask=attention_mask.long(), position_ids=position_ids)
 
 
-def last_token_index(token_ids: torch.Tensor, pad_token_id: int) -> torch.Tensor:
-    """
-    Index of the last token that is not [PAD] in each row of (B, T), whichever side is padded -> (B,).
-
-    >>> last_token_index(torch.tensor([[9, 5, 0, 9], [5, 5, 5, 0]]), pad_token_id=9)
-    tensor([2, 3])
-    """
-    # Detail 12 (reward at EOS): a response ends with EOS, so its last real token is where the reward is read. Looking
-    # for the first [PAD] instead would find the left padding of PPO's queries.
-    index = torch.arange(token_ids.shape[1], device=token_ids.device)
-    return ((token_ids != pad_token_id) * index).argmax(1)
-
-
 def save_model(model, state_dict: dict, tokenizer, padding_side: str, output_dir: str):
     """Write OUTPUT_DIR/model (safetensors, config, tokenizer), complete in itself, whole or not at all."""
     temporary, final = os.path.join(output_dir, "model.tmp"), os.path.join(output_dir, "model")
@@ -508,7 +471,7 @@ def save_model(model, state_dict: dict, tokenizer, padding_side: str, output_dir
 
 
 class ScalarModel(nn.Module):
-    """A transformer body with one linear output per token: padded ids (B, T) -> (B, T). Reward model and value model."""
+    """A transformer body with a linear output per token, padded ids (B, T) -> (B, T): reward model and value model."""
 
     def __init__(self, classifier):
         super().__init__()
@@ -554,9 +517,9 @@ def load_reward_model(path: str, tokenizer) -> ScalarModel:
     config = load_config(path, "--reward_model_path")
     if config.num_labels != 1:
         fail(f"--reward_model_path {path}: the model has {config.num_labels} labels; a reward model has one")
-    load = functools.partial(AutoModelForSequenceClassification.from_pretrained, path, config=config)
+    options = dict(config=config, dtype=torch.float32, output_loading_info=True)
     message = f"--reward_model_path {path}: no reward model can be loaded from there"
-    model, info = attempt(lambda: load(dtype=torch.float32, output_loading_info=True), message)
+    model, info = attempt(lambda: AutoModelForSequenceClassification.from_pretrained(path, **options), message)
     if info["missing_keys"] or not hasattr(model, "score"):
         fail(f"--reward_model_path {path}: not a reward model, it has no weights for its head (score)")
     add_pad_row(model, tokenizer.pad_token_id)
@@ -577,14 +540,13 @@ def load_networks(args, config, tokenizer):
 
 
 def prepare_frozen(model, args, accelerator: Accelerator):
-    """Put a frozen model where it stays between the rollouts."""
-    with_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-    if with_deepspeed and args.bf16:
+    """Put a frozen model where it stays: on the device, or with --offload in CPU memory."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return model if args.offload else model.to(accelerator.device)
+    if args.bf16:
         model = model.to(torch.bfloat16)  # what DeepSpeed makes of the policy: the same computation, so KL starts at 0
     if not args.offload:
         return model.to(accelerator.device)
-    if not with_deepspeed:
-        return model
     import deepspeed  # only who launches with DeepSpeed needs it
 
     # ZeRO-3 keeps the parameters in CPU memory and brings each layer to the device when it is needed (Detail 8).
@@ -593,25 +555,18 @@ def prepare_frozen(model, args, accelerator: Accelerator):
     return deepspeed.initialize(model=model, config=config)[0].eval()
 
 
-@contextlib.contextmanager
-def on_device(model, args, accelerator: Accelerator):
-    """The frozen model, on the device while it is needed; with --offload it goes back (DeepSpeed does that itself)."""
-    moves = args.offload and accelerator.distributed_type != DistributedType.DEEPSPEED
-    yield model.to(accelerator.device) if moves else model
-    if moves:
-        model.to("cpu")
+def move_frozen(networks, args, accelerator: Accelerator, device):
+    """With --offload, bring the frozen models to `device`: the accelerator's for a rollout, the CPU after it."""
+    if args.offload and accelerator.distributed_type != DistributedType.DEEPSPEED:  # DeepSpeed moves them by itself
+        for model in networks[1:3]:
+            model.to(device)
 
 
 # ---- The mathematics of PPO ------------------------------------------------------------------------------------------
 
 
 def linear_factor(update: int, num_updates: int, warm_up_steps: int) -> float:
-    """
-    Learning rate of update 0, 1, ... as a share of its peak: a linear rise over the warm-up, then a line to 0.
-
-    >>> [linear_factor(u, 4, 0) for u in range(4)]
-    [1.0, 0.75, 0.5, 0.25]
-    """
+    """Learning rate of update 0, 1, ... as a share of its peak: a linear rise over the warm-up, then a line to 0."""
     if update < warm_up_steps:
         return update / warm_up_steps
     return 1.0 - (update - warm_up_steps) / max(1, num_updates - warm_up_steps)
@@ -673,7 +628,7 @@ def place_rewards(kl: torch.Tensor, scores: torch.Tensor, sequence_lengths: torc
 
 
 def whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:
-    """Standard deviation 1, and mean 0 if `shift_mean`, over the entries of (B, R) where `mask`; the rest means nothing."""
+    """Standard deviation 1, and mean 0 if `shift_mean`, over the entries of (B, R) where `mask`; ignore the others."""
     mean = values[mask].mean()
     variance = ((values[mask] - mean) ** 2).mean()  # biased
     whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
@@ -720,7 +675,7 @@ def policy_loss(new_logprobs, old_logprobs, advantages, cliprange: float):
 
 
 def value_loss(values, old_values, returns, cliprange_value: float):
-    """0.5 x the larger of clipped and unclipped squared error: (B, R) each -> loss, and whether clipping made it larger."""
+    """0.5 x the larger of clipped and unclipped squared error: (B, R) each -> loss, and whether clipping raised it."""
     clipped_values = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
     unclipped, clipped = (values - returns) ** 2, (clipped_values - returns) ** 2
     return 0.5 * torch.max(unclipped, clipped), clipped > unclipped
@@ -769,11 +724,6 @@ def generate(model, queries: torch.Tensor, response_length: int, temperature: fl
     return responses
 
 
-def seeded_generator(device, *key: int) -> torch.Generator:
-    """A random generator that is a pure function of `key`: the same key gives the same numbers, whatever ran before."""
-    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
-
-
 @torch.no_grad()
 def score_responses(args, accelerator: Accelerator, networks, queries: torch.Tensor, responses: torch.Tensor) -> dict:
     """
@@ -797,12 +747,12 @@ def score_responses(args, accelerator: Accelerator, networks, queries: torch.Ten
         # the KV cache rounds differently (in bf16 the first ratios would scatter by 0.05 instead of being 1).
         logits, values = accelerator.unwrap_model(model)(query_responses, width)
         logprobs = token_logprobs(logits, tokens, args.temperature)  # (B, R')
-        with on_device(reference, args, accelerator) as ref:
-            ref_logits = response_logits(ref, query_responses, width, pad)
+        ref_logits = response_logits(reference, query_responses, width, pad)  # (B, R', V)
         ref_logprobs = token_logprobs(ref_logits, tokens, args.temperature)  # (B, R')
-        with on_device(reward_model, args, accelerator) as rm:
-            outputs = rm(query_responses)  # (B, Q + R')
-    scores = outputs.gather(1, last_token_index(query_responses, pad)[:, None]).squeeze(1)  # (B,)
+        outputs = reward_model(query_responses)  # (B, Q + R')
+    # Detail 12 (reward at EOS): read at the last token of the response. Looking for the first [PAD] of the row instead
+    # would find the left padding of the query.
+    scores = outputs.gather(1, queries.shape[1] + sequence_lengths[:, None]).squeeze(1)  # (B,)
     logprobs = widened(logprobs, INVALID_LOGPROB, padding_mask)
     ref_logprobs = widened(ref_logprobs, INVALID_LOGPROB, padding_mask)
     return dict(
@@ -810,13 +760,15 @@ def score_responses(args, accelerator: Accelerator, networks, queries: torch.Ten
     )
 
 
-def rollout(args, accelerator: Accelerator, networks, query_tokens: list, temperature: float, size: int, key: int) -> dict:
+def rollout(args, accelerator: Accelerator, networks, query_tokens: list, temperature: float, size: int, key: int):
     """Sample and score one response to each query, `size` at a time: see `score_responses`, plus queries, responses."""
     tokenizer, policy = networks[-1], accelerator.unwrap_model(networks[0]).policy
     pad, width = tokenizer.pad_token_id, max(len(ids) for ids in query_tokens)  # Q
+    move_frozen(networks, args, accelerator, accelerator.device)
     # Every process samples with a seed of its own (while all share the order of the data), and anew for every key, so
     # that a run can go on from any update without a stored random state.
-    generator = seeded_generator(accelerator.device, args.seed + 100003 * accelerator.process_index, key)
+    seeds = np.random.SeedSequence([args.seed + 100003 * accelerator.process_index, key])
+    generator = torch.Generator(accelerator.device).manual_seed(int(seeds.generate_state(1)[0]))
     order = np.argsort([-len(ids) for ids in query_tokens], kind="stable")  # similar lengths together: little padding
     parts = []
     for start in range(0, len(order), size):
@@ -826,6 +778,7 @@ def rollout(args, accelerator: Accelerator, networks, query_tokens: list, temper
         part = score_responses(args, accelerator, networks, queries, responses)
         queries = F.pad(queries, (width - queries.shape[1], 0), value=pad)  # (b, Q), as wide as those of all chunks
         parts.append(part | {"queries": queries, "responses": responses})
+    move_frozen(networks, args, accelerator, "cpu")
     back = torch.tensor(np.argsort(order, kind="stable"), device=accelerator.device)  # to the order of the data again
     batch = {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
     batch["raw_scores"] = batch["scores"]
@@ -956,8 +909,8 @@ def train(args, accelerator: Accelerator, networks, optimizer, posts, batch_size
     model, tokenizer = networks[0], networks[-1]
     local, started, metrics = batch_size // accelerator.num_processes, time.time(), {}
     for update in tqdm(range(num_updates), desc="PPO", disable=not accelerator.is_main_process, mininterval=2):
-        # Detail L (lr and minibatches): the learning rate falls on a line, set by hand at every update. (And minibatches
-        # are drawn anew in every PPO epoch: see `ppo_update`.)
+        # Detail L (lr and minibatches): the learning rate falls on a line, set by hand at every update. (Minibatches
+        # are drawn anew in every PPO epoch, in `ppo_update`.)
         lr = args.lr * linear_factor(update, num_updates, args.warm_up_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -1040,8 +993,8 @@ def show_samples(samples: list[dict], title: str):
         tqdm.write(f"    reference {sample['reference'].strip()!r}")
 
 
-def evaluation_samples(args, accelerator: Accelerator, networks, posts) -> list[dict]:
-    """A response to each of this process's posts, with the scores of response and reference."""
+def evaluation_samples(args, accelerator: Accelerator, networks, posts) -> list[tuple]:
+    """A response to each of this process's posts, with the scores of response and reference (see `evaluate`)."""
     tokenizer, samples, size = networks[-1], [], args.local_eval_batch_size
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     for start in tqdm(range(0, len(posts), size), desc="evaluation", disable=not accelerator.is_main_process):
@@ -1049,14 +1002,14 @@ def evaluation_samples(args, accelerator: Accelerator, networks, posts) -> list[
         batch = rollout(args, accelerator, networks, rows["query_tokens"], args.eval_temperature, size, start)
         references = [tokens[len(query) :] for tokens, query in zip(rows["tokens"], rows["query_tokens"])]
         references = pad_rows(references, pad, "right", accelerator.device)  # (B, R)
+        move_frozen(networks, args, accelerator, accelerator.device)
         reference_scores = score_responses(args, accelerator, networks, batch["queries"], references)["scores"]
+        move_frozen(networks, args, accelerator, "cpu")
+        texts = [text.strip() for text in tokenizer.batch_decode(batch["responses"], skip_special_tokens=True)]
         kl = (batch["logprobs"] - batch["ref_logprobs"]).sum(1)  # (B,), of the distributions at --temperature
-        for i, text in enumerate(tokenizer.batch_decode(batch["responses"], skip_special_tokens=True)):
-            sample = dict(id=rows["id"][i], query=rows["query"][i], response=text.strip())
-            sample |= dict(reference=rows["reference"][i].strip(), score=batch["scores"][i].item())
-            sample |= dict(reference_score=reference_scores[i].item(), kl=kl[i].item())
-            sample |= dict(tokens=int((batch["responses"][i] != pad).sum()), ended=eos in batch["responses"][i].tolist())
-            samples.append(sample)
+        lengths, ended = (batch["responses"] != pad).sum(1), (batch["responses"] == eos).any(1)
+        columns = [column.tolist() for column in (batch["scores"], reference_scores, kl, lengths, ended)]
+        samples += zip(rows["id"], rows["query"], texts, map(str.strip, rows["reference"]), *columns)
     return samples
 
 
@@ -1066,24 +1019,24 @@ def evaluate(args, accelerator: Accelerator, networks, posts) -> dict:
     # Every row is counted once, whatever the number of processes: process i takes rows i, i + n, i + 2n, ...
     n = accelerator.num_processes
     mine = posts.select(range(accelerator.process_index, len(posts), n))
-    samples = gather_object([evaluation_samples(args, accelerator, networks, mine)])
+    parts = gather_object([evaluation_samples(args, accelerator, networks, mine)])
     if not accelerator.is_main_process:
         return {}
-    samples = pd.DataFrame([samples[i % n][i // n] for i in range(len(posts))])  # in the order of the split again
     columns = ["id", "query", "response", "reference", "score", "reference_score"]
+    samples = [parts[i % n][i // n] for i in range(len(posts))]  # in the order of the split again
+    samples = pd.DataFrame(samples, columns=columns + ["kl", "response_length", "eos_share"])
     write_whole(f"{args.output_dir}/samples_{args.eval_split}.csv", samples[columns].to_csv(index=False))
     show_samples(samples[:3].to_dict("records"), f"samples at temperature {args.eval_temperature}")
-    results = {"eval/rows": len(samples), "eval/scores": samples.score.mean(), "eval/kl": samples.kl.mean()}
-    results |= {"eval/reference_scores": samples.reference_score.mean(), "eval/eos_share": samples.ended.mean()}
-    results |= {"eval/rm_win_rate": (samples.score > samples.reference_score).mean()}
-    return {name: float(value) for name, value in (results | {"eval/response_length": samples.tokens.mean()}).items()}
+    results = {"eval/rows": len(samples), "eval/rm_win_rate": float((samples.score > samples.reference_score).mean())}
+    names = ("score", "reference_score", "kl", "response_length", "eos_share")
+    return results | {f"eval/{name}": float(samples[name].mean()) for name in names}
 
 
 def main():
     # 1. Flags.
     args = tyro.cli(Args, use_underscores=True, description=__doc__)
-    may_be_zero = ("seed", "total_episodes", "warm_up_steps", "print_samples_every", "kl_coef", "vf_coef", "gamma", "lam")
-    check_flags(args, may_be_zero, any_number=("missing_eos_penalty",))
+    may_be_zero = ("seed", "total_episodes", "warm_up_steps", "print_samples_every", "kl_coef", "vf_coef", "gamma")
+    check_flags(args, may_be_zero + ("lam",), any_number=("missing_eos_penalty",))
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     accelerator = start_accelerator(args)
@@ -1098,7 +1051,7 @@ def main():
     if batch_size != PAPER_BATCH_SIZE:
         accelerator.print(f"note: the batch is {batch_size}; the paper's is {PAPER_BATCH_SIZE}")
     if num_updates == 0 and args.total_episodes > 0:
-        fail(f"--total_episodes {args.total_episodes} does not fill one batch of {batch_size}: raise it or lower the batch")
+        fail(f"--total_episodes {args.total_episodes} does not fill one batch of {batch_size}: raise it")
     if args.local_rollout_forward_batch_size > local_batch_size:
         accelerator.print(f"note: --local_rollout_forward_batch_size is capped to the local batch, {local_batch_size}")
         args.local_rollout_forward_batch_size = local_batch_size
@@ -1110,7 +1063,8 @@ def main():
     tokenizer = load_tokenizer(sft_path, "--sft_model_path", args.base_model)
     limits = (args.max_query_length, args.max_response_length, args.max_query_response_length)
     posts = load_posts(args.query_dataset, "train", tokenizer, limits, accelerator)
-    eval_posts = load_posts(args.query_dataset, args.eval_split, tokenizer, limits, accelerator) if args.run_eval else None
+    if args.run_eval:
+        eval_posts = load_posts(args.query_dataset, args.eval_split, tokenizer, limits, accelerator)
 
     # 4. Networks and optimizer.
     model, reference, reward_model = load_networks(args, config, tokenizer)

@@ -1,16 +1,16 @@
 """
 reward.py: a reward model from pairwise human preferences. Stage 2 of 3: sft.py, reward.py, ppo.py.
 
-What it does. Each row is a post with two summaries, of which a person preferred one. The model is the SFT model with its
-head replaced by a scalar output, read at the EOS of a summary; it is trained so that the preferred summary scores
+What it does. Each row is a post with two summaries, of which a person preferred one. The model is the SFT model with
+its head replaced by a scalar output, read at the EOS of a summary; it is trained so that the preferred summary scores
 higher (Bradley-Terry). In the end the scores are shifted so that a human-written summary scores 0 on average.
 
 How to run
     accelerate launch reward.py                                        # the paper's setting, for 8 GPUs
     python reward.py --sft_model_path FOLDER --label_dataset FOLDER --query_dataset FOLDER     # local folders
     python reward.py --sft_model_path FOLDER --reward_model_path FOLDER --total_episodes 0 --run_eval   # only evaluate
-It writes, in --output_dir: model/ (a sequence classifier with one label: safetensors, config, tokenizer), metrics.jsonl,
-args.json, summary.json and, with --run_eval, pairs_<split>.csv, eval_<split>.json and eval_<split>.png.
+It writes, in --output_dir: model/ (a sequence classifier with one label: safetensors, config, tokenizer),
+metrics.jsonl, args.json, summary.json and, with --run_eval, pairs_<split>.csv, eval_<split>.json and eval_<split>.png.
 
 Where it differs from the code of the paper (arXiv 2403.17031), on purpose
     1. The model is saved in the form of transformers' sequence classifiers. The head has no bias there, so the
@@ -23,7 +23,6 @@ Tags such as "Detail 11" lead to the table of details in the README. Letters in 
 chosen ones first), T tokens of a padded row.
 """
 
-import functools
 import json
 import math
 import os
@@ -142,7 +141,7 @@ def fail(message: str):
 
 
 def attempt(load, message: str):
-    """The result of `load()`; if that fails for whatever reason (torn file, unreachable hub, ...), end with `message`."""
+    """The result of `load()`; if it fails for whatever reason (torn file, unreachable hub, ...), end with `message`."""
     try:
         return load()
     except Exception as error:
@@ -240,24 +239,14 @@ def bos_prefix(tokenizer) -> list[int]:
 
 
 def post_parts(subreddit: str, title: str, post: str) -> tuple[str, str, str]:
-    """
-    The query of a post in three parts (head, body, tail), of which only the body may be cut.
-
-    >>> "".join(post_parts("cats", "My cat", "She ate my lunch."))
-    'SUBREDDIT: r/cats\\n\\nTITLE: My cat\\n\\nPOST: She ate my lunch.\\n\\nTL;DR:'
-    """
+    """The query of a post in three parts (head, body, tail), of which only the body may be cut."""
     # No space after the last colon: the response brings its own, since " word" is one token of a byte-level BPE. A
     # space left at the query's end would put every first word into a form that the model has hardly ever seen.
     return f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: ", post, "\n\nTL;DR:"
 
 
 def fit_queries(tokenizer, parts: list[tuple[str, str, str]], max_tokens: int) -> list[str]:
-    """
-    Join each (head, body, tail) to a query of at most `max_tokens`; "" if even an empty body does not fit.
-
-    >>> fit_queries(tokenizer, [("POST: ", "one\\ntwo\\nthree", "\\n\\nTL;DR:")], 10)    # where all would need 12
-    ['POST: one\\ntwo\\n\\nTL;DR:']
-    """
+    """Join each (head, body, tail) to a query of at most `max_tokens`; "" if even an empty body does not fit."""
     queries, room = ["".join(part) for part in parts], max_tokens - len(bos_prefix(tokenizer))
     for i, ids in enumerate(encode(tokenizer, queries)):
         head, body, tail = parts[i]
@@ -275,8 +264,8 @@ def tokenize_posts(rows: dict, tokenizer, max_query: int, max_response: int, max
     """
     One batch of raw posts -> one batch of rows with text and token ids, for `datasets.map(batched=True)`.
 
-    Returns `id`; `query`, `reference` (text); `query_tokens` (ids, BOS first if the tokenizer has one); `tokens` (ids of
-    query and reference, EOS last); `problem` (why the row cannot be used, or "").
+    Returns `id`; `query`, `reference` (text); `query_tokens` (ids, BOS first if there is one); `tokens` (ids of query
+    and reference, EOS last); `problem` (why the row cannot be used, or "").
     """
     fields = ("subreddit", "title", "post", "summary")
     # A field that is no text stands in as "", so that all lists stay aligned; its problem keeps the row out in the end.
@@ -298,10 +287,8 @@ def tokenize_posts(rows: dict, tokenizer, max_query: int, max_response: int, max
         problem += [f"the response is longer than {max_response} tokens (--max_response_length)"] * too_long
         problem += [f"longer than {max_both} tokens (--max_query_response_length)"] * (len(both) > max_both)
         problems.append(problem[0] if problem else "")
-    ids = [str(i) for i in rows["id"]]
-    return dict(
-        id=ids, query=queries, reference=references, query_tokens=query_tokens, tokens=tokens, problem=problems
-    )
+    out = dict(id=[str(i) for i in rows["id"]], query=queries, reference=references)
+    return out | dict(query_tokens=query_tokens, tokens=tokens, problem=problems)
 
 
 def keep_usable(rows, name: str, accelerator: Accelerator):
@@ -359,7 +346,7 @@ def tokenize_comparisons(rows: dict, tokenizer, max_query: int, max_response: in
     """
     One batch of raw comparisons -> one batch of pairs with token ids, for `datasets.map(batched=True)`.
 
-    Returns `id`; `chosen`, `rejected` (ids of query and summary, BOS first if the tokenizer has one, EOS last); `batch`,
+    Returns `id`; `chosen`, `rejected` (ids of query and summary, BOS first if there is one, EOS last); `batch`,
     `confidence`, `policies` ("" where unknown); `problem` (why the row cannot be used, or "").
     """
     number = len(rows["choice"])
@@ -371,7 +358,7 @@ def tokenize_comparisons(rows: dict, tokenizer, max_query: int, max_response: in
     bos, eos = bos_prefix(tokenizer), [tokenizer.eos_token_id]
     queries = [query.strip() for query in fit_queries(tokenizer, parts, max_query)]
     query_lengths = [len(bos + ids) for ids in encode(tokenizer, queries)]
-    out = dict(id=[""] * number, batch=[""] * number, confidence=[""] * number, policies=[""] * number, problem=problems)
+    out = {name: [""] * number for name in ("id", "batch", "confidence", "policies")} | {"problem": problems}
     out |= dict(chosen=[[] for _ in range(number)], rejected=[[] for _ in range(number)])
     for name, other in (("chosen", 0), ("rejected", 1)):  # which of the two: the choice, or the other one
         picked = [rows["summaries"][i][abs(rows["choice"][i] - other)]["text"] for i in usable]
@@ -427,7 +414,7 @@ def take_rows(num_rows: int, seed: int, start: int, stop: int) -> np.ndarray:
 
 
 def deal_micro_batches(rows: np.ndarray, lengths: np.ndarray, micro: int, accelerator: Accelerator) -> list[np.ndarray]:
-    """Cut a global batch of row numbers into micro-batches of similar `lengths` (of all rows); return this process's."""
+    """Cut a global batch of row numbers into micro-batches of similar `lengths`; return those of this process."""
     # The longest come first: if memory does not suffice, it shows in the first step. The order changes no gradient,
     # since the loss is normalised over the whole global batch.
     by_length = rows[np.argsort(-lengths[rows], kind="stable")]
@@ -455,11 +442,7 @@ def model_folder(path: str) -> str:
 
 
 def load_config(path: str, flag: str, base_model: Optional[str] = None):
-    """
-    The config of a model folder or hub id, with every kind of dropout switched off.
-
-    --base_model gives it where a folder has none; one that contradicts the folder ends the run.
-    """
+    """The config of a model folder or hub id (of --base_model where the folder has none), with dropout off."""
     if base_model and os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
         return load_config(base_model, "--base_model")
     message = f"{flag} {path}: not a model folder, and not a model that the hub gives"
@@ -467,8 +450,8 @@ def load_config(path: str, flag: str, base_model: Optional[str] = None):
     if base_model:
         base = load_config(base_model, "--base_model")
         for name in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads"):
-            if getattr(config, name, None) != getattr(base, name, None):
-                ours, theirs = getattr(config, name, None), getattr(base, name, None)
+            ours, theirs = getattr(config, name, None), getattr(base, name, None)
+            if ours != theirs:
                 fail(f"--base_model {base_model} contradicts {flag} {path}: {name} is {theirs} there and {ours} here")
     # Detail 7 (dropout off): with dropout, the same tokens get another logprob in every forward pass: the KL penalty is
     # noise and PPO's first ratios are not 1. Set in the config, before the model is built: some models (GPT-NeoX's
@@ -545,9 +528,10 @@ class RewardModel(nn.Module):
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         pad = self.classifier.config.pad_token_id
-        hidden = self.classifier.base_model(**model_inputs(token_ids, pad), use_cache=False).last_hidden_state  # (B, T, d)
-        # Detail 13 (other positions): only the output at EOS is trained and read. What the head says elsewhere is mostly
-        # negative and means nothing, so it is not even computed.
+        inputs = model_inputs(token_ids, pad)
+        hidden = self.classifier.base_model(**inputs, use_cache=False).last_hidden_state  # (B, T, d)
+        # Detail 13 (other positions): only the output at EOS is trained and read. What the head says elsewhere is
+        # mostly negative and means nothing, so it is not even computed.
         rows = torch.arange(len(token_ids), device=token_ids.device)
         at_eos = hidden[rows, last_token_index(token_ids, pad)]  # (B, d)
         return self.classifier.score(at_eos).squeeze(-1).float()  # (B,)
@@ -556,11 +540,10 @@ class RewardModel(nn.Module):
 def load_classifier(path: str, config, tokenizer, flag: str, new_head: bool):
     """A sequence classifier with one label in fp32; with `new_head`, the body of a language model under a new head."""
     config.num_labels = 1
-    load = functools.partial(AutoModelForSequenceClassification.from_pretrained, path, config=config)
-    # Trained parameters are fp32, whatever the folder's dtype is (Detail 8).
-    model, info = attempt(
-        lambda: load(dtype=torch.float32, output_loading_info=True), f"{flag} {path}: no model can be loaded from there"
-    )
+    # fp32 parameters, whatever the folder's dtype is (Detail 8).
+    options = dict(config=config, dtype=torch.float32, output_loading_info=True)
+    message = f"{flag} {path}: no model can be loaded from there"
+    model, info = attempt(lambda: AutoModelForSequenceClassification.from_pretrained(path, **options), message)
     if not hasattr(model, "score"):
         fail(f"{flag} {path}: {type(model).__name__} has no head named score, which these scripts rely on")
     missing = [name for name in info["missing_keys"] if not (new_head and name == "score.weight")]
@@ -609,7 +592,8 @@ def accuracy_rows(margins: pd.Series, groups: pd.Series) -> list[dict]:
     rows = []
     for name, part in margins.groupby(groups):
         low, high = wilson_interval(int((part > 0).sum()), len(part))
-        rows.append({"group": str(name), "n": len(part), "accuracy": float((part > 0).mean()), "low": low, "high": high})
+        row = {"group": str(name), "n": len(part), "accuracy": float((part > 0).mean())}
+        rows.append(row | {"low": low, "high": high})
     return rows
 
 
@@ -736,7 +720,7 @@ def raw_scores(args, accelerator: Accelerator, model, token_rows: list, pad: int
     mine = token_rows[accelerator.process_index :: n]
     order = np.argsort([-len(ids) for ids in mine], kind="stable")  # similar lengths together: little padding
     scores, unwrapped = np.zeros(len(mine)), accelerator.unwrap_model(model).eval()
-    for start in tqdm(range(0, len(mine), size), desc="scoring", disable=not accelerator.is_main_process, mininterval=2):
+    for start in tqdm(range(0, len(mine), size), desc="scoring", disable=not accelerator.is_main_process):
         chunk = order[start : start + size]
         with accelerator.autocast():
             scores[chunk] = unwrapped(pad_rows([mine[i] for i in chunk], pad, side, accelerator.device)).cpu().numpy()
@@ -752,7 +736,8 @@ def normalize(args, accelerator: Accelerator, model, posts, pad: int):
     config = accelerator.unwrap_model(model).classifier.config
     config.normalization_offset = float(raw_scores(args, accelerator, model, rows["tokens"][:], pad).mean())
     config.normalization_rows = len(rows)
-    accelerator.print(f"normalisation: the mean of {len(rows):,} reference summaries was {config.normalization_offset:.4f}")
+    mean = f"{config.normalization_offset:.4f}"
+    accelerator.print(f"normalisation: the mean score of {len(rows):,} reference summaries was {mean}, and is now 0")
 
 
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
@@ -805,7 +790,7 @@ def evaluate(args, accelerator: Accelerator, model, pairs, cnndm, posts, pad: in
     news = evaluate_pairs(args, accelerator, model, cnndm, pad) if cnndm is not None else table[:0]
     references = posts.select(range(min(args.max_eval_rows or len(posts), len(posts))))["tokens"][:]
     raw = raw_scores(args, accelerator, model, references, pad)
-    # Detail 14 (padding side): left padding shifts the scores a little, by rounding alone if the position ids are right.
+    # Detail 14 (padding side): left padding shifts the scores a little; by rounding alone if position ids are right.
     shift = raw_scores(args, accelerator, model, references, pad, side="left") - raw
     if not accelerator.is_main_process:
         return {}
@@ -822,7 +807,8 @@ def evaluate(args, accelerator: Accelerator, model, pairs, cnndm, posts, pad: in
         if rows:
             print_table(title, rows)
     stem = f"{args.output_dir}/eval_{args.eval_split}"
-    draw_evaluation(report["calibration"], raw, offset, f"{args.exp_name}, seed {args.seed}, {args.eval_split}", f"{stem}.png")
+    title = f"{args.exp_name}, seed {args.seed}, {args.eval_split}"
+    draw_evaluation(report["calibration"], raw, offset, title, f"{stem}.png")
     write_whole(f"{stem}.json", json.dumps(report, indent=2) + "\n")
     write_whole(f"{args.output_dir}/pairs_{args.eval_split}.csv", table.to_csv(index=False))
     low, high = wilson_interval(int((table.margin > 0).sum()), len(table))
@@ -876,7 +862,8 @@ def main():
         fail(f"{flag} {path}: the model has {config.num_labels} labels; a reward model has one")
     check_positions(config, args.max_query_response_length, "--max_query_response_length")
     tokenizer = load_tokenizer(path, flag, args.base_model)
-    pairs = load_comparisons(args.label_dataset, "train", tokenizer, post_limits(args), accelerator).with_format("numpy")
+    pairs = load_comparisons(args.label_dataset, "train", tokenizer, post_limits(args), accelerator)
+    pairs = pairs.with_format("numpy")  # a batch as arrays, not as lists of Python integers
     posts = load_posts(args.query_dataset, "train", tokenizer, post_limits(args), accelerator)
     evaluation = load_evaluation(args, config, tokenizer, accelerator) if args.run_eval else None
 
@@ -884,7 +871,8 @@ def main():
     batch_size = args.local_micro_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     wanted = len(pairs) * args.num_train_epochs if args.total_episodes is None else args.total_episodes
     num_updates = wanted // batch_size
-    accelerator.print(f"{num_updates} updates of {batch_size} pairs; {wanted - num_updates * batch_size} pairs are left over")
+    left_over = wanted - num_updates * batch_size
+    accelerator.print(f"{num_updates} updates of {batch_size} pairs; {left_over} pairs are left over")
     if batch_size != PAPER_BATCH_SIZE:
         accelerator.print(f"note: the batch is {batch_size}; the paper's is {PAPER_BATCH_SIZE}")
     if num_updates == 0 and wanted > 0:

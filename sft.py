@@ -24,7 +24,6 @@ Tags such as "Detail 7" or "Detail S" lead to the table of details in the README
 Letters in shape comments: B rows of a batch, T tokens of a padded row, Q query tokens, R response tokens, V vocabulary.
 """
 
-import inspect
 import json
 import math
 import os
@@ -133,7 +132,7 @@ def fail(message: str):
 
 
 def attempt(load, message: str):
-    """The result of `load()`; if that fails for whatever reason (torn file, unreachable hub, ...), end with `message`."""
+    """The result of `load()`; if it fails for whatever reason (torn file, unreachable hub, ...), end with `message`."""
     try:
         return load()
     except Exception as error:
@@ -231,24 +230,14 @@ def bos_prefix(tokenizer) -> list[int]:
 
 
 def post_parts(subreddit: str, title: str, post: str) -> tuple[str, str, str]:
-    """
-    The query of a post in three parts (head, body, tail), of which only the body may be cut.
-
-    >>> "".join(post_parts("cats", "My cat", "She ate my lunch."))
-    'SUBREDDIT: r/cats\\n\\nTITLE: My cat\\n\\nPOST: She ate my lunch.\\n\\nTL;DR:'
-    """
+    """The query of a post in three parts (head, body, tail), of which only the body may be cut."""
     # No space after the last colon: the response brings its own, since " word" is one token of a byte-level BPE. A
     # space left at the query's end would put every first word into a form that the model has hardly ever seen.
     return f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: ", post, "\n\nTL;DR:"
 
 
 def fit_queries(tokenizer, parts: list[tuple[str, str, str]], max_tokens: int) -> list[str]:
-    """
-    Join each (head, body, tail) to a query of at most `max_tokens`; "" if even an empty body does not fit.
-
-    >>> fit_queries(tokenizer, [("POST: ", "one\\ntwo\\nthree", "\\n\\nTL;DR:")], 10)    # where all would need 12
-    ['POST: one\\ntwo\\n\\nTL;DR:']
-    """
+    """Join each (head, body, tail) to a query of at most `max_tokens`; "" if even an empty body does not fit."""
     queries, room = ["".join(part) for part in parts], max_tokens - len(bos_prefix(tokenizer))
     for i, ids in enumerate(encode(tokenizer, queries)):
         head, body, tail = parts[i]
@@ -266,8 +255,8 @@ def tokenize_posts(rows: dict, tokenizer, max_query: int, max_response: int, max
     """
     One batch of raw posts -> one batch of rows with text and token ids, for `datasets.map(batched=True)`.
 
-    Returns `id`; `query`, `reference` (text); `query_tokens` (ids, BOS first if the tokenizer has one); `tokens` (ids of
-    query and reference, EOS last); `problem` (why the row cannot be used, or "").
+    Returns `id`; `query`, `reference` (text); `query_tokens` (ids, BOS first if there is one); `tokens` (ids of query
+    and reference, EOS last); `problem` (why the row cannot be used, or "").
     """
     fields = ("subreddit", "title", "post", "summary")
     # A field that is no text stands in as "", so that all lists stay aligned; its problem keeps the row out in the end.
@@ -289,10 +278,8 @@ def tokenize_posts(rows: dict, tokenizer, max_query: int, max_response: int, max
         problem += [f"the response is longer than {max_response} tokens (--max_response_length)"] * too_long
         problem += [f"longer than {max_both} tokens (--max_query_response_length)"] * (len(both) > max_both)
         problems.append(problem[0] if problem else "")
-    ids = [str(i) for i in rows["id"]]
-    return dict(
-        id=ids, query=queries, reference=references, query_tokens=query_tokens, tokens=tokens, problem=problems
-    )
+    out = dict(id=[str(i) for i in rows["id"]], query=queries, reference=references)
+    return out | dict(query_tokens=query_tokens, tokens=tokens, problem=problems)
 
 
 def keep_usable(rows, name: str, accelerator: Accelerator):
@@ -335,7 +322,7 @@ def take_rows(num_rows: int, seed: int, start: int, stop: int) -> np.ndarray:
 
 
 def deal_micro_batches(rows: np.ndarray, lengths: np.ndarray, micro: int, accelerator: Accelerator) -> list[np.ndarray]:
-    """Cut a global batch of row numbers into micro-batches of similar `lengths` (of all rows); return this process's."""
+    """Cut a global batch of row numbers into micro-batches of similar `lengths`; return those of this process."""
     # The longest come first: if memory does not suffice, it shows in the first step. The order changes no gradient,
     # since the loss is normalised over the whole global batch.
     by_length = rows[np.argsort(-lengths[rows], kind="stable")]
@@ -363,11 +350,7 @@ def model_folder(path: str) -> str:
 
 
 def load_config(path: str, flag: str, base_model: Optional[str] = None):
-    """
-    The config of a model folder or hub id, with every kind of dropout switched off.
-
-    --base_model gives it where a folder has none; one that contradicts the folder ends the run.
-    """
+    """The config of a model folder or hub id (of --base_model where the folder has none), with dropout off."""
     if base_model and os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
         return load_config(base_model, "--base_model")
     message = f"{flag} {path}: not a model folder, and not a model that the hub gives"
@@ -375,8 +358,8 @@ def load_config(path: str, flag: str, base_model: Optional[str] = None):
     if base_model:
         base = load_config(base_model, "--base_model")
         for name in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads"):
-            if getattr(config, name, None) != getattr(base, name, None):
-                ours, theirs = getattr(config, name, None), getattr(base, name, None)
+            ours, theirs = getattr(config, name, None), getattr(base, name, None)
+            if ours != theirs:
                 fail(f"--base_model {base_model} contradicts {flag} {path}: {name} is {theirs} there and {ours} here")
     # Detail 7 (dropout off): with dropout, the same tokens get another logprob in every forward pass: the KL penalty is
     # noise and PPO's first ratios are not 1. Set in the config, before the model is built: some models (GPT-NeoX's
@@ -410,16 +393,11 @@ def load_causal_lm(path: str, config, tokenizer, flag: str):
     """A causal language model with fp32 parameters."""
     # Detail 8 (fp32 masters): transformers keeps the checkpoint's dtype, and Pythia's is fp16. At lr 3e-6 most updates
     # would be rounded away there. bf16 is for the computation only (autocast, or DeepSpeed's).
-    model, info = attempt(
-        lambda: AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=torch.float32, output_loading_info=True
-        ),
-        f"{flag} {path}: no causal language model can be loaded from there",
-    )
+    options = dict(config=config, dtype=torch.float32, output_loading_info=True)
+    message = f"{flag} {path}: no causal language model can be loaded from there"
+    model, info = attempt(lambda: AutoModelForCausalLM.from_pretrained(path, **options), message)
     if info["missing_keys"]:  # a reward model's folder, say: its missing head would silently be random
         fail(f"{flag} {path}: not a causal language model, it has no weights for {sorted(info['missing_keys'])[0]}")
-    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        fail(f"{flag} {path}: {type(model).__name__} does not take logits_to_keep, which these scripts rely on")
     add_pad_row(model, tokenizer.pad_token_id)
     # What plain `model.generate` will need of the saved folder: where to stop, and what to pad with.
     special = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
@@ -470,7 +448,7 @@ def cosine_factor(update: int, num_updates: int, warm_up_steps: int) -> float:
 
 
 def target_mask(token_ids: torch.Tensor, query_lengths: torch.Tensor, pad: int, response_only: bool) -> torch.Tensor:
-    """Which tokens of right-padded rows (B, T) the loss counts: all but the pads, or only the response's. (B, T) bool."""
+    """Which tokens of right-padded rows (B, T) are targets: all but the pads, or only the response's. (B, T) bool."""
     mask = token_ids != pad  # (B, T)
     # Detail 9 (SFT loss): on query AND response. There is far more text in the posts than in the summaries, and a
     # pretrained model adapts to it too; a model that starts from nothing may want the response only.
@@ -529,11 +507,6 @@ def generate(model, queries: torch.Tensor, response_length: int, temperature: fl
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)  # (A, Q + t + 1)
         inputs = dict(input_ids=token[:, None], attention_mask=mask, position_ids=position + 1)
     return responses
-
-
-def seeded_generator(device, *key: int) -> torch.Generator:
-    """A random generator that is a pure function of `key`: the same key gives the same numbers, whatever ran before."""
-    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
 # ---- Records: flags, metrics, tables ---------------------------------------------------------------------------------
@@ -649,10 +622,10 @@ def sample_rows(args, accelerator: Accelerator, model, rows: dict, tokenizer) ->
     """A response to each of some rows: a list of dicts with id, query, response, reference, and tokens (its length)."""
     queries = pad_rows(rows["query_tokens"], tokenizer.pad_token_id, "left", accelerator.device)  # (B, Q)
     # Every process samples with a seed of its own (while all share the order of the data, Detail S).
-    generator = seeded_generator(accelerator.device, args.seed + 100003 * accelerator.process_index)
+    generator = torch.Generator(accelerator.device).manual_seed(args.seed + 100003 * accelerator.process_index)
     model = accelerator.unwrap_model(model)
     with accelerator.autocast():
-        responses = generate(model, queries, args.response_length, args.eval_temperature, tokenizer, generator)  # (B, R)
+        responses = generate(model, queries, args.response_length, args.eval_temperature, tokenizer, generator)
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
     tokens = (responses != tokenizer.pad_token_id).sum(1).tolist()
     columns = zip(rows["id"], rows["query"], texts, rows["reference"], tokens)
@@ -713,7 +686,8 @@ def main():
     batch_size = args.local_micro_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     wanted = len(posts) * args.num_train_epochs if args.total_episodes is None else args.total_episodes
     num_updates = wanted // batch_size
-    accelerator.print(f"{num_updates} updates of {batch_size} rows; {wanted - num_updates * batch_size} rows are left over")
+    left_over = wanted - num_updates * batch_size
+    accelerator.print(f"{num_updates} updates of {batch_size} rows; {left_over} rows are left over")
     if batch_size != PAPER_BATCH_SIZE:
         accelerator.print(f"note: the batch is {batch_size}; the paper's is {PAPER_BATCH_SIZE}")
     if num_updates == 0 and wanted > 0:
