@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# The whole of TL;DR RLHF on the embedded tiny environment: SFT, reward model, PPO, judge.
+#
+#   bash benchmark/quickstart.sh                 # about five minutes on two cores, after the installation
+#   SEED=2 bash benchmark/quickstart.sh          # another seed of the training; OUT=FOLDER names another folder
+#   SIZE=smoke bash benchmark/quickstart.sh      # a tenth of the data, for tests: shows that it runs, not how well
+#
+# Ends with a table and report.png. A stage that is complete is not repeated; one that was interrupted starts again.
+# The settings differ from the paper's in a few flags, which `tiny` below lists; README.md says why.
+set -euo pipefail
+. "$(dirname "$0")/setup.sh"
+
+SEED=${SEED:-1}
+SIZE=${SIZE:-full}
+OUT=${OUT:-runs/quickstart/$SIZE-seed$SEED}
+WORLD=${WORLD:-runs/quickstart/$SIZE-world}
+SPLIT=${SPLIT:-test}
+case $SIZE in
+  full)  world=(); sft_rows=24000; pairs=32000; episodes=3840; norm=2000 ;;
+  smoke) world=(--num_train_posts 4000 --num_train_pairs 4000 --num_validation_posts 100 --num_test_posts 100
+                --num_validation_pairs 200 --num_test_pairs 200 --num_cnndm_pairs 30)
+         sft_rows=4000; pairs=4000; episodes=1280; norm=500 ;;
+  *) echo "error: SIZE is $SIZE; it is full or smoke" >&2; exit 2 ;;
+esac
+mkdir -p "$OUT"
+
+# stage NAME FOLDER FILE COMMAND...: run the command unless FOLDER/FILE, which it writes last, is there; time it.
+stage() {
+  local name=$1 folder=$2 file=$3; shift 3
+  if [ -e "$folder/$file" ]; then echo "== $name: already in $folder"; return; fi
+  echo "== $name: log in $OUT/$name.log"
+  rm -rf "$folder"
+  local start=$SECONDS
+  # Progress bars go to the terminal, everything a reader may want later into the log.
+  "$@" > "$OUT/$name.log" || { tail -n 5 "$OUT/$name.log"; echo "error: $name failed, see $OUT/$name.log" >&2; exit 1; }
+  echo $((SECONDS - start)) > "$OUT/$name.seconds"
+}
+
+# What the tiny environment needs, and the paper does not: a model that starts from random weights learns with one
+# learning rate of 1e-3 (not 3e-6) after a short warm-up, in small batches, and SFT looks at the response only.
+tiny=(--seed "$SEED" --query_dataset "$WORLD/posts" --lr 1e-3 --eval_split "$SPLIT" --run_eval --local_eval_batch_size 200)
+tiny_lm=(--warm_up_steps 20 --local_micro_batch_size 16)
+
+stage world "$WORLD" tiny_env.json python benchmark/tiny_env.py --output_dir "$WORLD" ${world[@]+"${world[@]}"}
+stage sft "$OUT/sft" summary.json python sft.py "${tiny[@]}" "${tiny_lm[@]}" --base_model "$WORLD/base_model" \
+  --total_episodes $sft_rows --response_loss_only --response_length 28 --output_dir "$OUT/sft"
+stage reward "$OUT/reward" summary.json python reward.py "${tiny[@]}" "${tiny_lm[@]}" --sft_model_path "$OUT/sft" \
+  --label_dataset "$WORLD/comparisons" --total_episodes $pairs --normalization_rows $norm --output_dir "$OUT/reward"
+stage ppo "$OUT/ppo" summary.json python ppo.py "${tiny[@]}" --sft_model_path "$OUT/sft" \
+  --reward_model_path "$OUT/reward" --total_episodes $episodes --local_micro_batch_size 64 \
+  --gradient_accumulation_steps 2 --local_rollout_forward_batch_size 128 --response_length 28 --output_dir "$OUT/ppo"
+
+# The judge is a real server on this machine; eval_judge.py asks it as it would ask any other.
+judge() {
+  rm -f "$OUT/judge.url"
+  python benchmark/tiny_judge.py --env_dir "$WORLD" --port 0 > "$OUT/judge.url" & local server=$!
+  trap "kill $server 2> /dev/null || true" RETURN EXIT
+  until grep -q http "$OUT/judge.url"; do kill -0 $server; sleep 0.2; done
+  local url; url=$(grep -o 'http[^ ]*' "$OUT/judge.url")
+  python eval_judge.py --samples "$OUT/sft/samples_$SPLIT.csv" "$OUT/ppo/samples_$SPLIT.csv" --judge_base_url "$url" \
+    --judge_model tiny-gold-1 --tokenizer "$OUT/sft/model" --output_dir "$OUT/judge"
+}
+stage judge "$OUT/judge" summary.json judge
+
+python benchmark/gold.py --env_dir "$WORLD" --output "$OUT/gold.json" \
+  "$OUT/sft/samples_$SPLIT.csv" "$OUT/ppo/samples_$SPLIT.csv" > "$OUT/gold.log"
+python benchmark/quickstart_table.py "$OUT" --split "$SPLIT"

@@ -1,0 +1,20 @@
+# Sourced by the other scripts: makes .venv in the project's root once, activates it, and goes to the root.
+# Needs python 3.11 or later and nothing else. PYTHON names another interpreter (default: python3).
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+stamp=.venv/installed-$(sha256sum requirements.txt | cut -c1-16)
+if [ ! -e "$stamp" ]; then
+  echo "== installing requirements.txt into .venv (once, a few minutes)"
+  "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "error: python 3.11 or later is needed; name one with PYTHON=..." >&2; exit 2; }
+  "${PYTHON:-python3}" -m venv .venv
+  .venv/bin/pip install --quiet --upgrade pip
+  # torch first: what it pulls in is large, and DeepSpeed's own installation looks for it.
+  .venv/bin/pip install --quiet "$(grep '^torch==' requirements.txt)"
+  .venv/bin/pip install --quiet -r requirements.txt
+  touch "$stamp"
+fi
+. .venv/bin/activate
+
+# The scripts' libraries speak of things that matter elsewhere; their errors still show.
+export TOKENIZERS_PARALLELISM=true TRANSFORMERS_VERBOSITY=error

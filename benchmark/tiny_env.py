@@ -1,0 +1,909 @@
+"""The embedded tiny environment: a world of made-up posts in which the quality of a summary is known exactly.
+
+What it is. CartPole for RLHF: `sft.py`, `reward.py`, `ppo.py` and `eval_judge.py` run on the folder that this script
+writes as they run on the real TL;DR data, with paths for flags and no special case. The folder holds posts with
+reference summaries, human-like comparisons in OpenAI's schema, a byte-level BPE tokenizer trained on that text, and a
+randomly initialised GPT-NeoX (Pythia's architecture) that is trained from nothing in minutes on two CPU cores.
+
+The world. A post states six facts: who did what, where, over how much money, how the author feels and what they ask.
+A good summary states the facts of its post, and no others, briefly: `gold_score` defines that in numbers. As in the
+real data, most reference summaries are vague, some carry an error, and the labels of comparisons are noisy: a worker
+prefers the left summary with probability sigmoid(label_beta * (gold left - gold right)). So supervised fine-tuning,
+which imitates references, learns to be vague, and a policy that is trained against a reward model can do better than
+its references by saying more of what is true. That is the effect the real pipeline is about.
+
+    python benchmark/tiny_env.py --output_dir runs/tiny_env                     # the size of the quickstart
+    python benchmark/tiny_env.py --output_dir runs/hard --num_facts 9 --num_values 24 --distractor_share 0.6 \\
+        --max_fillers 4 --hidden_size 128 --num_layers 4                        # a harder world, a larger model
+
+What is written:
+    posts/{train,validation,test}.parquet            id, subreddit, title, post, summary
+    comparisons/{train,validation,test}.parquet      OpenAI's schema; validation_cnndm.parquet is the CNN/DM form
+    facts/{train,validation,test,validation_cnndm}.jsonl     what the gold score and the judge read
+    base_model/                                      config, safetensors and tokenizer
+    tiny_env.json                                    settings, counts, statistics, sha256 of every file; written last
+
+What it can show: that a pipeline is right, what an implementation detail is worth when everything else is held fixed,
+and how a proxy reward parts from a known truth. What it cannot show: anything about language. There are a few hundred
+words, a fact is always stated with the very word that a summary has to use, the gold score reads phrases and not
+meaning, and its annotators are one formula. Figures found here do not carry over to models of a billion parameters.
+
+Same flags, same library versions: same bytes.
+"""
+
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from typing import Iterator, Optional
+
+import tyro
+from tqdm import tqdm
+
+# torch, transformers, tokenizers and pyarrow are imported by the functions that need them: the judge imports this file
+# for `gold_score` alone, and should be up in a moment.
+
+WORLD_VERSION = 1  # raised when the same flags give another world, so that an older folder is not taken for this one
+
+
+@dataclass
+class Args:
+    output_dir: str
+    """the folder to write; a complete one made with the same flags is left as it is"""
+    seed: int = 1
+    """seed of posts, references and comparisons"""
+    model_seed: int = 1
+    """seed of the base model's random weights"""
+
+    # how much data
+    num_train_posts: int = 24000
+    """posts (with references) to train on"""
+    num_validation_posts: int = 600
+    """posts to choose settings on"""
+    num_test_posts: int = 600
+    """posts to report on, once"""
+    num_train_pairs: int = 32000
+    """comparisons to train on; they are about the train posts"""
+    num_validation_pairs: int = 2000
+    """comparisons about the validation posts"""
+    num_test_pairs: int = 2000
+    """comparisons about the test posts"""
+    num_cnndm_pairs: int = 300
+    """comparisons in CNN/DM form (news articles instead of posts), for validation only"""
+
+    # how hard the world is
+    num_facts: int = 6
+    """facts that a post states (6 to 9): more facts make posts and good summaries longer"""
+    num_values: int = 12
+    """values that a fact can take (4 to 24): fewer examples of each"""
+    distractor_share: float = 0.25
+    """share of posts that also mention, in passing, a value that is not a fact"""
+    max_fillers: int = 2
+    """a post has 0 to this many sentences that are beside the point (0 to 6)"""
+
+    # how good references and labels are
+    vague_share: float = 0.6
+    """share of references that leave most facts out"""
+    wrong_value_share: float = 0.04
+    """chance of each value in a reference to be wrong"""
+    label_beta: float = 0.4
+    """a worker prefers the left summary with probability sigmoid(label_beta * gold margin)"""
+
+    # the base model (GPT-NeoX)
+    hidden_size: int = 64
+    """width of the model"""
+    num_layers: int = 2
+    """number of layers; copying a fact takes two"""
+    num_heads: int = 4
+    """attention heads; must divide the width into even parts"""
+    initializer_range: float = 0.1
+    """standard deviation of the random weights"""
+    max_position_embeddings: int = 2048
+    """longest query and response together, in tokens; as Pythia's, it costs nothing (positions are rotary) and leaves
+    room for the length limits that the scripts have by default"""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The world: constant tables
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One kind of fact. A value is one lower-case word that no other slot, filler or template uses."""
+
+    weight: float  # what a right value adds to the gold score
+    values: tuple[str, ...]
+    lead_ins: tuple[str, ...]  # a summary states a value right after one of these words, else it is no statement
+    clause: str  # how a summary states it; empty where a slot has no clause of its own
+    statements: tuple[str, ...]  # sentences by which a post states the fact
+    distractors: tuple[str, ...]  # sentences by which a post mentions a value that is not its fact
+
+
+WHO_VALUES = tuple(
+    "boss sister brother roommate landlord neighbor cousin coworker uncle teacher girlfriend boyfriend mother father "
+    "aunt friend nephew tenant mechanic plumber coach doctor grandma stepdad".split()
+)
+
+# The order matters: `--num_facts N` takes the first N. `who` has no sentence of its own: it stands in the event's.
+SLOTS: dict[str, Slot] = {
+    "who": Slot(
+        1.0,
+        WHO_VALUES,
+        ("my",),
+        "",
+        (),
+        ("My {v} says it is normal.", "My {v} told me to post here."),
+    ),
+    "event": Slot(
+        2.0,
+        tuple(
+            "lied cheated yelled vanished cried gambled snored proposed laughed drank smoked fainted panicked argued "
+            "cursed overslept objected meddled spied flirted bragged whined screamed sulked".split()
+        ),
+        ("just",),
+        "",
+        ("My {who} {v} last week.", "It began when my {who} {v}.", "So my {who} {v} again.", "Then my {who} {v}."),
+        ("A year ago somebody else {v}.", "Nobody else ever {v}."),
+    ),
+    "ask": Slot(
+        1.5,
+        tuple(
+            "leave apologize wait complain sue pay quit stay move confess cancel retaliate forgive interfere resign "
+            "listen refuse agree respond testify intervene relocate negotiate surrender".split()
+        ),
+        ("i",),
+        " Should I {v}?",
+        ("Should I {v}?", "Part of me wants to {v}.", "Would it be wrong to {v}?", "I think I have to {v}."),
+        ("Everybody tells me not to {v}.", "I will never {v}."),
+    ),
+    "feeling": Slot(
+        1.0,
+        tuple(
+            "angry sad scared guilty jealous lonely proud tired confused ashamed nervous hurt hopeful bored shocked "
+            "relieved furious anxious bitter helpless numb worried annoyed happy".split()
+        ),
+        ("feel",),
+        " I feel {v}.",
+        ("Now I feel {v}.", "I am so {v}.", "Honestly I am {v} all day.", "It makes me {v}."),
+        ("My family seems {v}.", "People look {v} to me."),
+    ),
+    "place": Slot(
+        0.8,
+        tuple(
+            "office kitchen wedding party school gym church airport hospital beach hotel bar garden library museum "
+            "station market theater zoo bakery farm pool bank court".split()
+        ),
+        ("the",),
+        " at the {v}",
+        ("It was at the {v}.", "We were at the {v} then.", "It happened at the {v}."),
+        ("I am typing this near the {v}.", "I grew up behind the {v}."),
+    ),
+    "amount": Slot(
+        1.0,
+        tuple(
+            "40 50 60 70 80 90 110 120 150 180 200 250 300 350 400 450 500 550 600 650 700 750 800 900".split()
+        ),
+        ("over",),
+        " over {v} dollars",
+        ("It is about {v} dollars.", "There are {v} dollars at stake.", "I could lose {v} dollars."),
+        ("My rent is {v} dollars.", "I earn {v} dollars a day."),
+    ),
+    "item": Slot(
+        1.0,
+        tuple(
+            "car phone laptop guitar bike sofa camera ring piano ticket lamp watch key desk boat tent drone mirror "
+            "blender helmet jacket violin scooter fridge".split()
+        ),
+        ("a",),
+        " with a {v}",
+        ("There was a {v} involved.", "A {v} is part of it.", "It all turns on a {v}."),
+        ("I once sold a {v}.", "I want a {v} for my birthday."),
+    ),
+    "city": Slot(
+        0.8,
+        tuple(
+            "paris london boston denver tokyo berlin madrid dublin austin seattle oslo rome vienna prague cairo lima "
+            "delhi sydney toronto chicago dallas miami atlanta lisbon".split()
+        ),
+        ("in",),
+        " in {v}",
+        ("We live in {v}.", "All this is in {v}.", "I moved to {v} for this."),
+        ("I was born in {v}.", "I have never seen {v}."),
+    ),
+    "job": Slot(
+        1.0,
+        tuple(
+            "nurse pilot baker lawyer waiter painter butcher tailor barber dentist chemist clerk guard sailor singer "
+            "dancer florist janitor cashier courier welder carpenter jeweler surgeon".split()
+        ),
+        ("as",),
+        " I work as {v}.",
+        ("I work as {v}.", "I earn my money as {v}.", "They hired me as {v}."),
+        ("I hate every {v}.", "I never wanted to be a {v}."),
+    ),
+}
+TAILS = ("place", "amount", "item", "city")  # clauses that hang on `who` + `event`
+SENTENCES = ("job", "feeling", "ask")  # clauses that are sentences of their own
+
+# Sentences beside the point, in posts and in poor summaries, with the word by which the gold score knows them.
+FILLERS = {
+    "weather": "The weather was nice.",
+    "coffee": "I had coffee first.",
+    "dog": "My dog is fine.",
+    "traffic": "There was traffic.",
+    "pizza": "We had pizza.",
+    "music": "Some music was on.",
+}
+# Talk about the post itself: harmless in a post, noise in a summary.
+GLUE = {
+    "thanks": "Thanks for reading.",
+    "sorry": "Sorry for the long post.",
+    "throwaway": "Throwaway account.",
+}
+
+# Vague references with their chances. The first is likelier than every other way to begin a summary, thorough ones
+# included, so that greedy decoding of a model that imitates references is vague, as it is with real data.
+VAGUE = (
+    (0.45, " Trouble with my {who}. Should I {ask}?"),
+    (0.15, " Problem with my {who}, need advice."),
+    (0.10, " My {who} just {event}. What now?"),
+    (0.10, " I feel {feeling}. Should I {ask}?"),
+    (0.10, " Trouble at the {place} with my {who}."),
+    (0.10, " It is all over {amount} dollars. Should I {ask}?"),
+)
+THOROUGH_STYLES = ("event", "feeling", "place")  # the fact that a thorough summary begins with
+
+SUBREDDITS = ("relationships", "advice", "legaladvice", "personalfinance", "offmychest", "askreddit")
+TITLES = ("Me ({age}{sex}) and my {who}", "Need advice about my {who}", "Advice please ({age}{sex})", "What now?")
+
+# Every word that some template can put into a summary; what is none of them is debris of a model that has come apart.
+SUMMARY_TEXTS = [text for _, text in VAGUE] + [slot.clause for slot in SLOTS.values()]
+SUMMARY_TEXTS += [*FILLERS.values(), *GLUE.values(), "because just"]
+SUMMARY_WORDS = frozenset(re.findall(r"[a-z]+", re.sub(r"\{\w+\}", "", " ".join(SUMMARY_TEXTS)).lower()))
+SLOT_OF = {value: name for name, slot in SLOTS.items() for value in slot.values}  # value word -> its slot
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The gold score
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def read_statements(summary: str, facts: dict[str, str]) -> dict[str, list[str]]:
+    """Sort the words of a summary by what they are worth.
+
+    >>> found = read_statements(" My boss just lied. I feel happy, thanks.", {"who": "boss", "event": "lied"})
+    >>> {kind: words for kind, words in found.items() if words}
+    {'right': ['boss', 'lied'], 'wrong': ['happy'], 'glue': ['thanks']}
+    """
+    found: dict[str, list[str]] = {k: [] for k in ("right", "wrong", "again", "bare", "irrelevant", "glue", "junk")}
+    previous = ""
+    for word in split_words(summary):
+        name = SLOT_OF.get(word)
+        if name is not None:
+            if word in found["right"] or word in found["wrong"]:
+                found["again"].append(word)
+            # A heap of value words is no summary: without its lead-in ("my", "at the", ...) a value states nothing.
+            elif previous not in SLOTS[name].lead_ins:
+                found["bare"].append(word)
+            else:
+                found["right" if facts.get(name) == word else "wrong"].append(word)
+        elif word in FILLERS:
+            found["irrelevant"].append(word)
+        elif word in GLUE:
+            found["glue"].append(word)
+        elif word not in SUMMARY_WORDS:
+            found["junk"].append(word)
+        previous = word
+    return found
+
+
+def gold_score(summary: str, facts: dict[str, str]) -> float:
+    """How good a summary is, by the known facts of its post: {"who": "boss", "event": "lied", ...}.
+
+    Words are runs of letters, digits and apostrophes, in lower case. A value word (one of the tables in SLOTS) states
+    its fact when the word before it is one of its slot's lead-ins. The score is the sum of
+
+        + weight of the slot           for each right value (the six of the default world add up to 7.3)
+        - (weight of the slot + 0.5)   for each wrong value: invented, or mentioned in the post but not its fact
+        - 0.4                          for each value that was stated before and is said again
+        - 0.2                          for each value without a lead-in, and for each word no template has (junk)
+        - 0.6                          for each filler word (weather, coffee, ...)
+        - 0.3                          for each glue word (thanks, sorry, throwaway)
+        - 0.1                          for each word beyond 3 x the number of facts - 2, which is what saying all takes
+
+    A wrong value costs more than a right one earns, so guessing does not pay and leaving out is better than inventing.
+    An empty summary scores 0.
+    """
+    found = read_statements(summary, facts)
+    score = sum(SLOTS[SLOT_OF[word]].weight for word in found["right"])
+    score -= sum(SLOTS[SLOT_OF[word]].weight + 0.5 for word in found["wrong"])
+    score -= 0.4 * len(found["again"]) + 0.2 * (len(found["bare"]) + len(found["junk"]))
+    score -= 0.6 * len(found["irrelevant"]) + 0.3 * len(found["glue"])
+    score -= 0.1 * max(0, len(split_words(summary)) - (3 * len(facts) - 2))
+    return round(score, 6)  # sums of the same terms in another order must tie exactly
+
+
+def split_words(text: str) -> list[str]:
+    """Lower-case words of a text, as the gold score and the lengths in words count them."""
+    return re.findall(r"[a-z0-9']+", text.lower())
+
+
+def format_query(subreddit: str, title: str, post: str) -> str:
+    """The query as the training scripts format it (detail 2); the judge finds a post by this text."""
+    return f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Posts and references
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def draw_facts(rng: random.Random, args: Args) -> dict[str, str]:
+    """One value for each of the first `num_facts` slots."""
+    return {name: rng.choice(SLOTS[name].values[: args.num_values]) for name in list(SLOTS)[: args.num_facts]}
+
+
+def other_value(rng: random.Random, args: Args, name: str, value: str) -> str:
+    """A value of the same slot that is not `value`."""
+    return rng.choice([v for v in SLOTS[name].values[: args.num_values] if v != value])
+
+
+def draw_distractors(rng: random.Random, args: Args, facts: dict[str, str]) -> dict[str, str]:
+    """With probability `distractor_share` one value that the post mentions and that is not its fact, else none."""
+    if rng.random() >= args.distractor_share:
+        return {}
+    name = rng.choice(list(facts))
+    return {name: other_value(rng, args, name, facts[name])}
+
+
+def write_story(rng: random.Random, args: Args, facts: dict[str, str], distractors: dict[str, str]) -> list[str]:
+    """The sentences of a post: each fact once, in loose order, with fillers and distractors in between."""
+    stated = {n: rng.choice(SLOTS[n].statements).format(v=v, who=facts["who"]) for n, v in facts.items() if n != "who"}
+    # The event opens the story and the question closes it, mostly; the rest comes in any order.
+    middle = [text for name, text in stated.items() if name not in ("event", "ask")]
+    middle += [rng.choice(SLOTS[name].distractors).format(v=value) for name, value in distractors.items()]
+    middle += [FILLERS[word] for word in rng.sample(sorted(FILLERS), rng.randint(0, args.max_fillers))]
+    if rng.random() < 0.2:
+        middle.append(rng.choice(sorted(GLUE.values())))
+    rng.shuffle(middle)
+    story = [stated["event"]] + middle + [stated["ask"]]
+    if rng.random() < 0.25:
+        rng.shuffle(story)
+    return story
+
+
+def say_thorough(rng: random.Random, facts: dict[str, str], style: Optional[str] = None) -> str:
+    """A summary of all `facts` given (it needs `who` and `event`), begun by the fact that `style` names if it is there.
+
+    >>> say_thorough(random.Random(0), {"who": "boss", "event": "lied", "place": "bar", "ask": "sue"}, "event")
+    ' My boss just lied at the bar. Should I sue?'
+    """
+    style = style if style is not None else rng.choice(THOROUGH_STYLES)
+    left = dict(facts)
+    core = f"my {left.pop('who')} just {left.pop('event')}"
+    if style == "feeling" and "feeling" in left:
+        text = f" I feel {left.pop('feeling')} because {core}"
+    elif style == "place" and "place" in left:
+        text = f" At the {left.pop('place')} {core}"
+    else:
+        text = " M" + core[1:]
+    text += "".join(SLOTS[name].clause.format(v=left[name]) for name in TAILS if name in left) + "."
+    return text + "".join(SLOTS[name].clause.format(v=left[name]) for name in SENTENCES if name in left)
+
+
+def say_vague(rng: random.Random, facts: dict[str, str]) -> str:
+    """A summary that names one or two facts."""
+    template = rng.choices([text for _, text in VAGUE], [chance for chance, _ in VAGUE])[0]
+    return template.format(**facts)
+
+
+def drop_facts(rng: random.Random, facts: dict[str, str], keep_share: float) -> dict[str, str]:
+    """Each fact but who and event stays with probability `keep_share`."""
+    return {n: v for n, v in facts.items() if n in ("who", "event") or rng.random() < keep_share}
+
+
+def alter(rng: random.Random, args: Args, facts: dict, names: list[str], distractors: dict) -> dict[str, str]:
+    """`facts` with the values of `names` made wrong; what the post mentions in passing is taken every other time."""
+    altered = dict(facts)
+    for name in names:
+        confused = name in distractors and rng.random() < 0.5
+        altered[name] = distractors[name] if confused else other_value(rng, args, name, facts[name])
+    return altered
+
+
+def say_noise(rng: random.Random) -> str:
+    """One sentence that no summary should have."""
+    return " " + rng.choice(sorted(FILLERS.values()) + sorted(GLUE.values()))
+
+
+def write_reference(rng: random.Random, args: Args, facts: dict, distractors: dict) -> tuple[str, str]:
+    """(kind, text): vague or thorough, sometimes with a wrong value or a useless sentence, as people write them."""
+    kind = "vague" if rng.random() < args.vague_share else "thorough"
+    wrong = [name for name in facts if rng.random() < args.wrong_value_share]
+    told = alter(rng, args, facts, wrong, distractors)
+    text = say_vague(rng, told) if kind == "vague" else say_thorough(rng, drop_facts(rng, told, 0.7))
+    return kind, text + (say_noise(rng) if rng.random() < 0.1 else "")
+
+
+def make_posts(args: Args, split: str, count: int, seen: set) -> list[dict]:
+    """`count` posts that are in no other split; `seen` holds all post texts so far and is added to."""
+    # A stream of its own for every split: more train posts leave validation and test as they are.
+    rng = random.Random(f"posts {args.seed} {split}")
+    posts: list[dict] = []
+    bar = tqdm(total=count, desc=f"posts, {split}")
+    while len(posts) < count:
+        facts = draw_facts(rng, args)
+        distractors = draw_distractors(rng, args, facts)
+        story = write_story(rng, args, facts, distractors)
+        title = rng.choice(TITLES).format(age=rng.randint(18, 39), sex=rng.choice("fm"), who=facts["who"])
+        kind, summary = write_reference(rng, args, facts, distractors)
+        # Line breaks at a few places give the truncation rule of detail 2 something to cut at.
+        text = story[0] + "".join(("\n" if rng.random() < 0.1 else " ") + sentence for sentence in story[1:])
+        if text in seen:
+            continue
+        seen.add(text)
+        posts.append(
+            {
+                "id": f"tiny_{split}_{len(posts):06d}",
+                "subreddit": rng.choice(SUBREDDITS),
+                "title": title,
+                "post": text,
+                "summary": summary.strip(),  # detail 3: reference summaries lack the leading space, comparisons have it
+                "facts": facts,
+                "distractors": distractors,
+                "reference_kind": kind,
+            }
+        )
+        bar.update()
+    bar.close()
+    return posts
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Comparisons
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def write_by_policy(rng: random.Random, args: Args, post: dict, stranger: dict) -> tuple[str, str]:
+    """(policy, text) of a summary by one of several writers with different faults; `stranger` is another post."""
+    facts, distractors = post["facts"], post["distractors"]
+    policy = rng.choice(("full", "partial", "vague", "slip", "inventor", "rambler", "repeater", "other_post"))
+    some = drop_facts(rng, facts, 0.6)
+    if policy == "full":
+        text = say_thorough(rng, facts)
+    elif policy == "partial":
+        text = say_thorough(rng, some)
+    elif policy == "vague":
+        text = say_vague(rng, facts)
+    elif policy == "slip":
+        text = say_thorough(rng, alter(rng, args, some, rng.sample(list(some), 1), distractors))
+    elif policy == "inventor":
+        text = say_thorough(rng, alter(rng, args, some, list(some), distractors))
+    elif policy == "rambler":
+        text = say_thorough(rng, some) + say_noise(rng) + say_noise(rng)
+    elif policy == "repeater":
+        text = (say_vague(rng, facts) if rng.random() < 0.5 else say_thorough(rng, some)) + say_vague(rng, facts)
+    else:
+        text = say_thorough(rng, drop_facts(rng, stranger["facts"], 0.6))
+    return policy, text
+
+
+def draw_pair(rng: random.Random, args: Args, post: dict, stranger: dict) -> tuple[str, list[tuple[str, str]]]:
+    """(batch, two (policy, text)): the batch says how the pair was put together, as OpenAI's batches do in their way.
+
+    batch3  a policy against the reference          batch7  one or two values of a summary made wrong
+    batch5  two policies                            batch8  every value of a summary made wrong
+                                                    batch9  one fact of a summary left out
+    """
+    facts, distractors = post["facts"], post["distractors"]
+    batch = rng.choices(("batch3", "batch5", "batch7", "batch8", "batch9"), (0.15, 0.15, 0.40, 0.20, 0.10))[0]
+    if batch == "batch3":
+        return batch, [("ref", " " + post["summary"]), write_by_policy(rng, args, post, stranger)]
+    if batch == "batch5":
+        return batch, [write_by_policy(rng, args, post, stranger), write_by_policy(rng, args, post, stranger)]
+
+    # The rest are minimal pairs: one form twice, so that only the facts tell them apart. Without them a reward model
+    # learns length and style and no facts. Batch 8 is the way in: many wrong values at once and labels almost without
+    # noise, by which a small model finds out that comparing with the post pays at all.
+    style = rng.choice(THOROUGH_STYLES)
+    some = drop_facts(rng, facts, 0.7)
+    if batch == "batch9":
+        optional = [name for name in some if name not in ("who", "event")]
+        gone = rng.choice(optional) if optional else None
+        # Where nothing is left to leave out the two texts are equal, and the caller draws again.
+        fewer = {name: value for name, value in some.items() if name != gone}
+        return batch, [("partial", say_thorough(rng, some, style)), ("shorter", say_thorough(rng, fewer, style))]
+    policy, all_wrong = ("inventor", True) if batch == "batch8" else ("slip", False)
+    if rng.random() < 0.25:
+        template = rng.choice([text for _, text in VAGUE])
+        names = [name for name in facts if "{" + name + "}" in template]
+        wrong = alter(rng, args, facts, names if all_wrong else rng.sample(names, 1), distractors)
+        return batch, [("vague", template.format(**facts)), (policy, template.format(**wrong))]
+    names = list(some) if all_wrong else rng.sample(list(some), rng.choice((1, 1, 2)))
+    wrong = alter(rng, args, some, names, distractors)
+    return batch, [("partial", say_thorough(rng, some, style)), (policy, say_thorough(rng, wrong, style))]
+
+
+def label_pair(rng: random.Random, args: Args, left: float, right: float) -> tuple[int, int]:
+    """(choice, confidence) of a noisy worker who sees the gold scores `left` and `right`.
+
+    A logistic error on the perceived margin is the Bradley-Terry model. Confidence is OpenAI's scale: 1 (left, surely)
+    to 4 (left, barely) and 6 (right, barely) to 9 (right, surely); the label and its confidence come of one perception,
+    so accuracy is lowest at 4 and 6.
+    """
+    uniform = min(max(rng.random(), 1e-12), 1 - 1e-12)
+    perceived = args.label_beta * (right - left) + math.log(uniform / (1 - uniform))
+    strength = sum(abs(perceived) > edge for edge in (0.5, 1.2, 2.2))  # 0 barely ... 3 surely
+    return (1, 6 + strength) if perceived > 0 else (0, 4 - strength)
+
+
+def comparison_row(rng: random.Random, args: Args, info: dict, batch: str, split: str, pair, facts: dict) -> dict:
+    """One row in OpenAI's schema; which summary stands on the left is drawn here."""
+    left, right = rng.sample(pair, 2)
+    choice, confidence = label_pair(rng, args, gold_score(left[1], facts), gold_score(right[1], facts))
+    return {
+        "info": info,
+        "summaries": [{"text": text, "policy": policy, "note": ""} for policy, text in (left, right)],
+        "choice": choice,
+        "worker": f"worker{rng.randrange(20):02d}",
+        "batch": batch,
+        "split": split,
+        "extra": {"confidence": confidence},
+    }
+
+
+def make_comparisons(args: Args, split: str, count: int, posts: list[dict]) -> list[dict]:
+    """`count` comparisons of two different texts about the posts of one split, going round the posts in order."""
+    rng = random.Random(f"comparisons {args.seed} {split}")
+    name_of_split = {"train": "train", "validation": "valid1", "test": "valid2"}[split]
+    rows: list[dict] = []
+    bar = tqdm(total=count, desc=f"comparisons, {split}")
+    while len(rows) < count:
+        post = posts[len(rows) % len(posts)]
+        batch, pair = draw_pair(rng, args, post, rng.choice(posts))
+        if pair[0][1] == pair[1][1]:
+            continue  # two equal texts have no preference to learn
+        info = {name: post[name] for name in ("id", "post", "title", "subreddit")}
+        info |= {"article": None, "site": None}  # columns of the CNN/DM rows
+        rows.append(comparison_row(rng, args, info, batch, name_of_split, pair, post["facts"]))
+        bar.update()
+    bar.close()
+    return rows
+
+
+def make_cnndm(args: Args, count: int) -> tuple[list[dict], list[dict]]:
+    """(comparisons, facts rows) about news articles: the same kinds of facts, told with a dateline and in lines."""
+    rng = random.Random(f"cnndm {args.seed}")
+    posts: list[dict] = []
+    for i in range(count):
+        facts = draw_facts(rng, args)
+        distractors = draw_distractors(rng, args, facts)
+        article = "By a staff reporter.\n" + "\n".join(write_story(rng, args, facts, distractors))
+        kind, summary = write_reference(rng, args, facts, distractors)
+        posts.append({"id": f"tiny_cnndm_{i:06d}", "article": article, "summary": summary.strip(), "facts": facts,
+                      "distractors": distractors, "reference_kind": kind})  # fmt: skip
+    rows: list[dict] = []
+    while len(rows) < count:
+        post = posts[len(rows)]
+        _, pair = draw_pair(rng, args, post, rng.choice(posts))
+        if pair[0][1] == pair[1][1]:
+            continue
+        info = {"id": post["id"], "article": post["article"], "site": "cnn"}  # the other columns stay empty
+        batch = ("batch0_cnndm", "cnndm0", "cnndm2")[len(rows) % 3]  # the three names by which detail 1 knows such rows
+        rows.append(comparison_row(rng, args, info, batch, "valid2", pair, post["facts"]))
+    return rows, [facts_row(post, f"Article:\n{post['article']}\n\nTL;DR:") for post in posts]
+
+
+def facts_row(post: dict, query: str) -> dict:
+    """What the judge and the gold score know of a post. `query` is stripped text, the judge's key to the row."""
+    return {"id": post["id"], "query": query} | {k: post[k] for k in ("reference_kind", "facts", "distractors")}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizer and base model
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def train_tokenizer(texts: Iterator[str], folder: str, max_length: int) -> int:
+    """Byte-level BPE as Pythia's: EOS is id 0 and there is no pad token (the scripts bring their own, detail 3)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    # The world has a few hundred words, so merging stops by itself, when every word that comes up twice is one token.
+    trainer = trainers.BpeTrainer(
+        vocab_size=8192,
+        min_frequency=2,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # any text can be encoded, whatever a user types
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|endoftext|>",
+        eos_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+        model_max_length=max_length,
+    )
+    fast.save_pretrained(folder)
+    return len(fast)
+
+
+def write_base_model(args: Args, vocab_size: int, folder: str) -> int:
+    """A GPT-NeoX with random weights, seeded; returns its number of parameters."""
+    import torch
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    config = GPTNeoXConfig(
+        # Spare rows as in Pythia, so that the scripts' [PAD] finds room without a resize.
+        vocab_size=64 * math.ceil((vocab_size + 1) / 64),
+        hidden_size=args.hidden_size,
+        num_hidden_layers=args.num_layers,
+        num_attention_heads=args.num_heads,
+        intermediate_size=4 * args.hidden_size,
+        max_position_embeddings=args.max_position_embeddings,
+        rotary_pct=0.25,
+        bos_token_id=0,
+        eos_token_id=0,
+        # The usual 0.02 leaves attention flat in so narrow a model, and it takes long to find out where to look.
+        initializer_range=args.initializer_range,
+        # On purpose: the scripts have to switch dropout off (detail 7), and it shows when they do not.
+        hidden_dropout=0.1,
+        attention_dropout=0.1,
+        classifier_dropout=0.1,
+    )
+    with torch.random.fork_rng(devices=[]):  # a caller's own random state stays as it is
+        torch.manual_seed(args.model_seed)
+        model = GPTNeoXForCausalLM(config)
+    model.save_pretrained(folder)
+    return sum(p.numel() for p in model.parameters())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def post_schema():
+    """Columns of the posts files."""
+    import pyarrow as pa
+
+    return pa.schema([(name, pa.string()) for name in ("id", "subreddit", "title", "post", "summary")])
+
+
+def comparison_schema():
+    """OpenAI's schema. Types are named, since a column of nulls (article, site) would otherwise lose its own."""
+    import pyarrow as pa
+
+    text = pa.string()
+    return pa.schema(
+        [
+            ("info", pa.struct([(n, text) for n in ("id", "post", "title", "subreddit", "article", "site")])),
+            ("summaries", pa.list_(pa.struct([(n, text) for n in ("text", "policy", "note")]))),
+            ("choice", pa.int64()),
+            ("worker", text),
+            ("batch", text),
+            ("split", text),
+            ("extra", pa.struct([("confidence", pa.int64())])),
+        ]
+    )
+
+
+def write_parquet(rows: list[dict], schema, path: str) -> None:
+    """One parquet file; keys that the schema lacks are left out."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
+
+
+def write_jsonl(rows: list[dict], path: str) -> None:
+    """One JSON object per line."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def describe_posts(posts: list[dict]) -> dict:
+    """What the references of one split are worth."""
+    scores = [gold_score(post["summary"], post["facts"]) for post in posts]
+    thorough = [score for score, post in zip(scores, posts) if post["reference_kind"] == "thorough"]
+    return {
+        "posts": len(posts),
+        "vague_share": round(1 - len(thorough) / len(posts), 4),
+        "reference_gold": round(sum(scores) / len(scores), 4),
+        "thorough_reference_gold": round(sum(thorough) / max(1, len(thorough)), 4),
+    }
+
+
+def describe_comparisons(rows: list[dict], facts_of: dict[str, dict]) -> dict:
+    """How far labels agree with the gold score: what a perfect judge reaches, and so the ceiling of a reward model."""
+    agree = 0.0
+    for row in rows:
+        left, right = (gold_score(summary["text"], facts_of[row["info"]["id"]]) for summary in row["summaries"])
+        agree += 0.5 if left == right else float((right > left) == bool(row["choice"]))
+    return {"pairs": len(rows), "label_gold_agreement": round(agree / len(rows), 4)}
+
+
+def build(args: Args, folder: str) -> dict:
+    """Write everything but the manifest under `folder`; returns counts and statistics for the manifest."""
+    about: dict = {}
+    posts: dict[str, list[dict]] = {}
+    seen: set = set()
+    # Test first: what is seen is never drawn again, so the small splits do not depend on the size of the large one.
+    for split, count in (
+        ("test", args.num_test_posts),
+        ("validation", args.num_validation_posts),
+        ("train", args.num_train_posts),
+    ):
+        posts[split] = make_posts(args, split, count, seen)
+    for split, pairs in (
+        ("train", args.num_train_pairs),
+        ("validation", args.num_validation_pairs),
+        ("test", args.num_test_pairs),
+    ):
+        comparisons = make_comparisons(args, split, pairs, posts[split])
+        facts = [facts_row(post, format_query(post["subreddit"], post["title"], post["post"])) for post in posts[split]]
+        write_parquet(posts[split], post_schema(), f"{folder}/posts/{split}.parquet")
+        write_parquet(comparisons, comparison_schema(), f"{folder}/comparisons/{split}.parquet")
+        write_jsonl(facts, f"{folder}/facts/{split}.jsonl")
+        facts_of = {row["id"]: row["facts"] for row in facts}
+        about[split] = {**describe_posts(posts[split]), **describe_comparisons(comparisons, facts_of)}
+
+    cnndm, cnndm_facts = make_cnndm(args, args.num_cnndm_pairs)
+    write_parquet(cnndm, comparison_schema(), f"{folder}/comparisons/validation_cnndm.parquet")
+    write_jsonl(cnndm_facts, f"{folder}/facts/validation_cnndm.jsonl")
+    about["validation_cnndm"] = describe_comparisons(cnndm, {row["id"]: row["facts"] for row in cnndm_facts})
+
+    # A few thousand posts hold every word of the world many times over; more would change no merge that matters.
+    sample = posts["train"][:4000]
+    texts = (format_query(p["subreddit"], p["title"], p["post"]) + " " + p["summary"] for p in sample)
+    vocab_size = train_tokenizer(texts, f"{folder}/base_model", args.max_position_embeddings)
+    parameters = write_base_model(args, vocab_size, f"{folder}/base_model")
+    about["base_model"] = {"tokenizer_size": vocab_size, "parameters": parameters}
+    return about
+
+
+def digest(folder: str) -> dict[str, str]:
+    """sha256 of every file of the environment, by its path inside the folder."""
+    sums = {}
+    for part in PARTS:
+        for root, _, names in os.walk(os.path.join(folder, part)):
+            for name in names:
+                path = os.path.join(root, name)
+                with open(path, "rb") as file:
+                    key = os.path.relpath(path, folder).replace(os.sep, "/")
+                    sums[key] = hashlib.sha256(file.read()).hexdigest()
+    return dict(sorted(sums.items()))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Main
+# ----------------------------------------------------------------------------------------------------------------------
+
+PARTS = ("posts", "comparisons", "facts", "base_model")  # what the folder holds beside its manifest
+MANIFEST = "tiny_env.json"
+
+
+def fail(message: str) -> None:
+    """Bad input: one line, exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def check_args(args: Args) -> None:
+    """Refuse flags that make no world, before anything is written."""
+    for name in ("posts", "pairs"):
+        for split in ("train", "validation", "test"):
+            if getattr(args, f"num_{split}_{name}") < 1:
+                fail(f"--num_{split}_{name} must be at least 1")
+    bounds = {
+        "num_cnndm_pairs": (1, 10**9),
+        "num_facts": (6, len(SLOTS)),
+        "num_values": (4, 24),
+        "max_fillers": (0, len(FILLERS)),
+        "distractor_share": (0, 1),
+        "vague_share": (0, 1),
+        "wrong_value_share": (0, 1),
+        "label_beta": (0, 100),
+        "num_layers": (1, 1000),
+        "num_heads": (1, args.hidden_size),
+    }
+    for name, (low, high) in bounds.items():
+        if not low <= getattr(args, name) <= high:
+            fail(f"--{name} must be from {low} to {high}, not {getattr(args, name)}")
+    # Rotary embeddings turn pairs of dimensions, a quarter of each head's.
+    if args.hidden_size % args.num_heads or (args.hidden_size // args.num_heads) % 8:
+        fail(f"--hidden_size {args.hidden_size} must be --num_heads {args.num_heads} times a multiple of 8")
+    if args.initializer_range <= 0:
+        fail("--initializer_range must be positive")
+    if args.max_position_embeddings < 256:
+        fail("--max_position_embeddings must be at least 256, or the longest comparisons do not fit")
+
+
+def settings_of(args: Args) -> dict:
+    """What decides the bytes that are written: every flag but the place."""
+    return {"world_version": WORLD_VERSION, **{k: v for k, v in asdict(args).items() if k != "output_dir"}}
+
+
+def read_manifest(path: str) -> Optional[dict]:
+    """The manifest of a folder, or None where there is none; one that cannot be read ends the run."""
+    if not os.path.exists(path):
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            manifest = json.load(file)
+        return {"settings": dict(manifest["settings"]), "sha256": dict(manifest["sha256"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        fail(f"--output_dir: {path} cannot be read; name a new folder")
+
+
+def stands_complete(args: Args) -> bool:
+    """True where the folder already holds this very environment, whole; a folder of anything else is refused."""
+    folder = args.output_dir
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        fail(f"--output_dir {folder} is a file")
+    manifest = read_manifest(os.path.join(folder, MANIFEST))
+    if manifest is None:
+        # A build appears whole, manifest included, so what has none is not ours to touch.
+        if os.path.isdir(folder) and os.listdir(folder):
+            fail(f"--output_dir {folder} holds something else; name a new or an empty folder")
+        return False
+    for name, value in settings_of(args).items():
+        old = manifest["settings"].get(name)
+        if old != value:
+            fail(f"--output_dir {folder} was made with {name} {old}, not {value}; name a new folder")
+    return digest(folder) == manifest["sha256"]
+
+
+def move_into_place(building: str, folder: str) -> None:
+    """Give a finished build its name: in one step where nothing stands, else part by part, the manifest last."""
+    if os.path.isdir(folder) and not os.listdir(folder):
+        os.rmdir(folder)
+    if not os.path.exists(folder):
+        os.rename(building, folder)
+        return
+    # A damaged environment is mended in place, since runs may lie beside its parts. Its manifest is the same, and tells
+    # the next run, should this one be cut off, that a part is still missing.
+    for part in PARTS:
+        shutil.rmtree(os.path.join(folder, part), ignore_errors=True)
+        os.rename(os.path.join(building, part), os.path.join(folder, part))
+    os.replace(os.path.join(building, MANIFEST), os.path.join(folder, MANIFEST))
+    os.rmdir(building)
+
+
+def main(args: Args) -> None:
+    check_args(args)
+    if stands_complete(args):
+        print(f"{args.output_dir} stands complete, nothing to do")
+        return
+    # Beside its place and not in the system's temporary folder, so that the last step is a rename on one disk.
+    building = args.output_dir.rstrip("/") + ".building"
+    try:
+        shutil.rmtree(building, ignore_errors=True)  # what a killed run left
+        os.makedirs(building)
+        about = build(args, building)
+        with open(os.path.join(building, MANIFEST), "w", encoding="utf-8") as file:
+            json.dump({"settings": settings_of(args), **about, "sha256": digest(building)}, file, indent=2)
+        move_into_place(building, args.output_dir)
+    except OSError as error:
+        fail(f"--output_dir {args.output_dir}: cannot be written ({error.strerror or error})")
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    for name, figures in about.items():
+        print(f"{name:17s}" + "  ".join(f"{key} {value:,}" for key, value in figures.items()))
+    print(f"wrote {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, use_underscores=True, description=__doc__))
