@@ -676,7 +676,7 @@ def policy_loss(new_logprobs, old_logprobs, advantages, cliprange: float):
 
 def value_loss(values, old_values, returns, cliprange_value: float):
     """0.5 x the larger of clipped and unclipped squared error: (B, R) each -> loss, and whether clipping raised it."""
-    clipped_values = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+    clipped_values = values.clamp(old_values - cliprange_value, old_values + cliprange_value)
     unclipped, clipped = (values - returns) ** 2, (clipped_values - returns) ** 2
     return 0.5 * torch.max(unclipped, clipped), clipped > unclipped
 

@@ -361,7 +361,7 @@ def tokenize_comparisons(rows: dict, tokenizer, max_query: int, max_response: in
     out = {name: [""] * number for name in ("id", "batch", "confidence", "policies")} | {"problem": problems}
     out |= dict(chosen=[[] for _ in range(number)], rejected=[[] for _ in range(number)])
     for name, other in (("chosen", 0), ("rejected", 1)):  # which of the two: the choice, or the other one
-        picked = [rows["summaries"][i][abs(rows["choice"][i] - other)]["text"] for i in usable]
+        picked = [rows["summaries"][i][abs(int(rows["choice"][i]) - other)]["text"] for i in usable]
         both = encode(tokenizer, [query + " " + text.lstrip() for query, text in zip(queries, picked)])
         for i, query, length, ids in zip(usable, queries, query_lengths, both):
             ids = out[name][i] = bos + ids + eos
@@ -584,7 +584,8 @@ def wilson_interval(wins: float, number: int) -> tuple[float, float]:
         return 0.0, 1.0
     z, share = 1.959964, wins / number
     centre, spread = share + z * z / (2 * number), z * math.sqrt(share * (1 - share) / number + (z / (2 * number)) ** 2)
-    return (centre - spread) / (1 + z * z / number), (centre + spread) / (1 + z * z / number)
+    # The bounds never cut off the share itself: at 0 of n and n of n they equal it, but for rounding.
+    return min(share, (centre - spread) / (1 + z * z / number)), max(share, (centre + spread) / (1 + z * z / number))
 
 
 def accuracy_rows(margins: pd.Series, groups: pd.Series) -> list[dict]:
@@ -831,7 +832,7 @@ def load_evaluation(args, config, tokenizer, accelerator: Accelerator):
     pairs = load_comparisons(args.label_dataset, args.eval_split, tokenizer, limits, accelerator)
     is_news = np.isin(pairs["batch"][:], CNNDM_BATCHES)
     cnndm = None
-    if args.eval_split == "validation" and has_split(args.label_dataset, "validation_cnndm"):
+    if has_split(args.label_dataset, "validation_cnndm"):
         cnndm = load_comparisons(args.label_dataset, "validation_cnndm", tokenizer, news_limits, accelerator)
     elif is_news.any():  # OpenAI's own files mix both kinds
         everything = load_comparisons(args.label_dataset, args.eval_split, tokenizer, news_limits, accelerator)

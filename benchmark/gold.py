@@ -59,7 +59,7 @@ def load_facts(env_dir: str) -> dict[str, dict]:
     paths = sorted(glob.glob(os.path.join(glob.escape(env_dir), "facts", "*.jsonl")))
     if not paths:
         fail(f"--env_dir {env_dir}: no facts/*.jsonl there; benchmark/tiny_env.py makes such a folder")
-    rows = {}
+    rows = {}  # ids are unique over the splits, so a samples file need not say which one it is about
     for path in paths:
         try:
             with open(path, encoding="utf-8") as file:
@@ -81,6 +81,7 @@ def load_samples(path: str, facts_of: dict[str, dict]) -> list[dict]:
     for column in ("id", "response", "reference"):
         if any(row.get(column) is None for row in rows):
             fail(f"samples file {path}: column {column} is missing")
+    # Refused and not skipped: a figure over some of the rows would pass for one over all.
     strange = [row["id"] for row in rows if row["id"] not in facts_of]
     if strange:
         fail(f"samples file {path}: {len(strange)} rows are about unknown posts (the first is {strange[0]!r})")
@@ -101,9 +102,10 @@ def measure(rows: list[dict], facts_of: dict[str, dict], args: Args) -> dict:
     facts = [facts_of[row["id"]]["facts"] for row in rows]
     gold = np.array([gold_score(row["response"], known) for row, known in zip(rows, facts)])
     reference = np.array([gold_score(row["reference"], known) for row, known in zip(rows, facts)])
-    won = (gold > reference) + 0.5 * (gold == reference)
+    won = (gold > reference) + 0.5 * (gold == reference)  # the scores are rounded, so equal means equal
     kinds = np.array([facts_of[row["id"]]["reference_kind"] for row in rows])
     found = [read_statements(row["response"], known) for row, known in zip(rows, facts)]
+    # Over all values of all responses: a long response that invents one fact is not as bad as a short one that does.
     wrong = sum(len(statements["wrong"]) for statements in found)
     stated = wrong + sum(len(statements["right"]) for statements in found)
     figures = {
@@ -136,6 +138,7 @@ def print_table(report: dict[str, dict]) -> None:
     width = max(len(path) for path in report)
     print(" " * width + "".join(f"{name.replace('_rate', ''):>16s}" for name in names))
     for path, figures in report.items():
+        # A dash where a file has no reference of that kind.
         cells = ["-" if figures[name] is None else f"{figures[name]:.3f}" for name in names]
         print(path.ljust(width) + "".join(f"{cell:>16s}" for cell in cells))
 

@@ -228,6 +228,7 @@ SLOTS: dict[str, Slot] = {
         ("I hate every {v}.", "I never wanted to be a {v}."),
     ),
 }
+# A thorough summary is one sentence about what happened, with its circumstances, and then short sentences of their own.
 TAILS = ("place", "amount", "item", "city")  # clauses that hang on `who` + `event`
 SENTENCES = ("job", "feeling", "ask")  # clauses that are sentences of their own
 
@@ -259,6 +260,7 @@ VAGUE = (
 )
 THOROUGH_STYLES = ("event", "feeling", "place")  # the fact that a thorough summary begins with
 
+# Titles and ages are noise, except that half of the titles name the person: so do real ones.
 SUBREDDITS = ("relationships", "advice", "legaladvice", "personalfinance", "offmychest", "askreddit")
 TITLES = ("Me ({age}{sex}) and my {who}", "Need advice about my {who}", "Advice please ({age}{sex})", "What now?")
 
@@ -282,7 +284,7 @@ def read_statements(summary: str, facts: dict[str, str]) -> dict[str, list[str]]
     {'right': ['boss', 'lied'], 'wrong': ['happy'], 'glue': ['thanks']}
     """
     found: dict[str, list[str]] = {k: [] for k in ("right", "wrong", "again", "bare", "irrelevant", "glue", "junk")}
-    previous = ""
+    previous = ""  # one word of context is enough for a lead-in, and can be checked by eye
     for word in split_words(summary):
         name = SLOT_OF.get(word)
         if name is not None:
@@ -384,8 +386,9 @@ def say_thorough(rng: random.Random, facts: dict[str, str], style: Optional[str]
     >>> say_thorough(random.Random(0), {"who": "boss", "event": "lied", "place": "bar", "ask": "sue"}, "event")
     ' My boss just lied at the bar. Should I sue?'
     """
+    # Three ways to begin, none as likely as the commonest vague reference: see VAGUE.
     style = style if style is not None else rng.choice(THOROUGH_STYLES)
-    left = dict(facts)
+    left = dict(facts)  # what is still to be said
     core = f"my {left.pop('who')} just {left.pop('event')}"
     if style == "feeling" and "feeling" in left:
         text = f" I feel {left.pop('feeling')} because {core}"
@@ -405,6 +408,7 @@ def say_vague(rng: random.Random, facts: dict[str, str]) -> str:
 
 def drop_facts(rng: random.Random, facts: dict[str, str], keep_share: float) -> dict[str, str]:
     """Each fact but who and event stays with probability `keep_share`."""
+    # These two make the core of every thorough summary; without it the other clauses would have nothing to hang on.
     return {n: v for n, v in facts.items() if n in ("who", "event") or rng.random() < keep_share}
 
 
@@ -425,6 +429,7 @@ def say_noise(rng: random.Random) -> str:
 def write_reference(rng: random.Random, args: Args, facts: dict, distractors: dict) -> tuple[str, str]:
     """(kind, text): vague or thorough, sometimes with a wrong value or a useless sentence, as people write them."""
     kind = "vague" if rng.random() < args.vague_share else "thorough"
+    # Errors come before the choice of what to say, so that vague references have their share of them.
     wrong = [name for name in facts if rng.random() < args.wrong_value_share]
     told = alter(rng, args, facts, wrong, distractors)
     text = say_vague(rng, told) if kind == "vague" else say_thorough(rng, drop_facts(rng, told, 0.7))
@@ -473,6 +478,7 @@ def make_posts(args: Args, split: str, count: int, seen: set) -> list[dict]:
 def write_by_policy(rng: random.Random, args: Args, post: dict, stranger: dict) -> tuple[str, str]:
     """(policy, text) of a summary by one of several writers with different faults; `stranger` is another post."""
     facts, distractors = post["facts"], post["distractors"]
+    # Each writer has one fault that PPO could fall into: a reward model that never saw it could not punish it.
     policy = rng.choice(("full", "partial", "vague", "slip", "inventor", "rambler", "repeater", "other_post"))
     some = drop_facts(rng, facts, 0.6)
     if policy == "full":
@@ -537,7 +543,7 @@ def label_pair(rng: random.Random, args: Args, left: float, right: float) -> tup
     to 4 (left, barely) and 6 (right, barely) to 9 (right, surely); the label and its confidence come of one perception,
     so accuracy is lowest at 4 and 6.
     """
-    uniform = min(max(rng.random(), 1e-12), 1 - 1e-12)
+    uniform = min(max(rng.random(), 1e-12), 1 - 1e-12)  # the logarithm needs the open interval
     perceived = args.label_beta * (right - left) + math.log(uniform / (1 - uniform))
     strength = sum(abs(perceived) > edge for edge in (0.5, 1.2, 2.2))  # 0 barely ... 3 surely
     return (1, 6 + strength) if perceived > 0 else (0, 4 - strength)
@@ -565,7 +571,7 @@ def make_comparisons(args: Args, split: str, count: int, posts: list[dict]) -> l
     rows: list[dict] = []
     bar = tqdm(total=count, desc=f"comparisons, {split}")
     while len(rows) < count:
-        post = posts[len(rows) % len(posts)]
+        post = posts[len(rows) % len(posts)]  # in turn, so that no post is left out before another comes twice
         batch, pair = draw_pair(rng, args, post, rng.choice(posts))
         if pair[0][1] == pair[1][1]:
             continue  # two equal texts have no preference to learn
@@ -579,6 +585,7 @@ def make_comparisons(args: Args, split: str, count: int, posts: list[dict]) -> l
 
 def make_cnndm(args: Args, count: int) -> tuple[list[dict], list[dict]]:
     """(comparisons, facts rows) about news articles: the same kinds of facts, told with a dateline and in lines."""
+    # Another form and no references: a reward model meets it in its evaluation only, as it meets CNN/DM.
     rng = random.Random(f"cnndm {args.seed}")
     posts: list[dict] = []
     for i in range(count):
@@ -651,7 +658,7 @@ def write_base_model(args: Args, vocab_size: int, folder: str) -> int:
         num_attention_heads=args.num_heads,
         intermediate_size=4 * args.hidden_size,
         max_position_embeddings=args.max_position_embeddings,
-        rotary_pct=0.25,
+        rotary_pct=0.25,  # Pythia's; the other dimensions compare contents, and copying a fact is such a comparison
         bos_token_id=0,
         eos_token_id=0,
         # The usual 0.02 leaves attention flat in so narrow a model, and it takes long to find out where to look.
@@ -703,6 +710,7 @@ def write_parquet(rows: list[dict], schema, path: str) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    # The schema is given and not guessed: a column that happens to be empty would get the type "null".
     os.makedirs(os.path.dirname(path), exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
 
@@ -901,7 +909,8 @@ def main(args: Args) -> None:
     finally:
         shutil.rmtree(building, ignore_errors=True)
     for name, figures in about.items():
-        print(f"{name:17s}" + "  ".join(f"{key} {value:,}" for key, value in figures.items()))
+        if name != "test":  # in the manifest for reports, not on the screen of who is choosing settings
+            print(f"{name:17s}" + "  ".join(f"{key} {value:,}" for key, value in figures.items()))
     print(f"wrote {args.output_dir}")
 
 

@@ -98,6 +98,7 @@ def read_prompt(content: str) -> tuple[str, str, str]:
 def describe(name: str, summary: str, facts: dict[str, str]) -> str:
     """What one summary says, as half a sentence."""
     found = read_statements(summary, facts)
+    # The facts are named, so that a person who reads verdicts.jsonl can follow each of them.
     text = f"{name} states {', '.join(found['right']) or 'no fact'}"
     return text + (f" and is wrong about {', '.join(found['wrong'])}" if found["wrong"] else "")
 
@@ -108,6 +109,7 @@ def judge(content: str, facts_of: dict[str, dict]) -> str:
     facts = facts_of.get(post)
     if facts is None:
         raise BadRequest(400, f"this post is not in the environment: {post[:60]!r}", "unknown_post")
+    # Not more than A: equal scores fall to A in either order, and so become a tie (see the header).
     preferred = "B" if gold_score(summary_b, facts) > gold_score(summary_a, facts) else "A"
     sentence = f"{describe('A', summary_a, facts)}; {describe('B', summary_b, facts)}."
     return f"Comparison: {sentence}\nPreferred: {preferred}"
@@ -119,6 +121,7 @@ def complete(request: dict, facts_of: dict[str, dict]) -> dict:
         raise BadRequest(400, "the request has no list of messages", "invalid_request")
     if request.get("model") != MODEL:
         raise BadRequest(404, f"the model {request.get('model')!r} does not exist; there is {MODEL}", "model_not_found")
+    # Said plainly: a client that waits for a stream would hang on a plain reply.
     if request.get("stream"):
         raise BadRequest(400, "this server does not stream", "unsupported_value")
     contents = [m.get("content") for m in request["messages"] if isinstance(m, dict) and m.get("role") == "user"]
@@ -189,11 +192,12 @@ class Server(ThreadingHTTPServer):
 
 
 def main(args: Args) -> None:
-    facts_of = load_facts(args.env_dir)
+    facts_of = load_facts(args.env_dir)  # a few megabytes, kept in memory: a verdict takes well under a millisecond
     try:
         server = Server((args.host, args.port), make_handler(facts_of))
     except (OSError, OverflowError) as error:
         fail(f"--port {args.port}: cannot listen on {args.host} ({error})")
+    # Flushed, since whoever started the server through a pipe waits for this line.
     url = f"http://{args.host}:{server.server_address[1]}/v1"
     print(f"ready: {MODEL} judges {len(facts_of):,} posts at {url}", flush=True)
     try:
