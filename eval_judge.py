@@ -154,7 +154,7 @@ def fail(message: str):
     """End the run with one clear line on stderr and exit code 2: for mistakes of the user, not of the program."""
     if os.environ.get("RANK", "0") == "0":  # under several processes, say it once
         print(f"error: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
+    raise SystemExit(2)  # the code of a wrong call, as for a flag that does not exist
 
 
 def write_whole(path: str, text: str):
@@ -163,7 +163,7 @@ def write_whole(path: str, text: str):
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
-        os.fsync(file.fileno())
+        os.fsync(file.fileno())  # on the disk before the rename: a crash must not leave an empty file there
     os.replace(temporary, path)
 
 

@@ -137,7 +137,7 @@ def fail(message: str):
     """End the run with one clear line on stderr and exit code 2: for mistakes of the user, not of the program."""
     if os.environ.get("RANK", "0") == "0":  # under several processes, say it once
         print(f"error: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
+    raise SystemExit(2)  # the code of a wrong call, as for a flag that does not exist
 
 
 def attempt(load, message: str):
@@ -154,7 +154,7 @@ def write_whole(path: str, text: str):
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
-        os.fsync(file.fileno())
+        os.fsync(file.fileno())  # on the disk before the rename: a crash must not leave an empty file there
     os.replace(temporary, path)
 
 
@@ -163,7 +163,7 @@ def check_flags(args, may_be_zero: tuple, any_number: tuple = ()):
     for name, value in vars(args).items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or name in any_number:
             continue
-        if not (value > 0 or (value == 0 and name in may_be_zero)) or value == math.inf:
+        if not (value > 0 or (value == 0 and name in may_be_zero)) or value == math.inf:  # "not >" catches nan too
             fail(f"--{name} is {value}: it must be {'0 or more' if name in may_be_zero else 'greater than 0'}")
     if args.push_to_hub and not args.hf_repo_id:
         fail("--push_to_hub needs --hf_repo_id, the repository (user/name) to upload to")
@@ -202,7 +202,7 @@ def load_split(source: str, split: str, columns: list[str], flag: str, optional:
         if not found:
             fail(f"{flag} {source}: the folder has no {split}.parquet and no {split}.jsonl")
         where, loader = f"{flag} {source}/{found[0]}", "parquet" if found[0].endswith("parquet") else "json"
-        arguments = dict(data_files=os.path.join(source, found[0]), split="train")
+        arguments = dict(data_files=os.path.join(source, found[0]), split="train")  # what datasets calls a lone file
     message = f"{where}: no such folder, an unreadable file, or not to be had from the hub"
     rows = attempt(lambda: load_dataset(loader, **arguments), message)
     missing = [column for column in columns if column not in rows.column_names]
@@ -235,6 +235,7 @@ def encode(tokenizer, texts: list[str]) -> list[list[int]]:
 def bos_prefix(tokenizer) -> list[int]:
     """[BOS] if the tokenizer itself begins a text with it (Llama), else []. It belongs once, at the query's start."""
     with_special, plain = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    # Asked of the tokenizer itself: many name a BOS token in their config and never use it (Pythia does).
     return [tokenizer.bos_token_id] if with_special[:1] == [tokenizer.bos_token_id] != plain[:1] else []
 
 
@@ -296,7 +297,7 @@ def keep_usable(rows, name: str, accelerator: Accelerator):
     left_out = defaultdict(list)
     for i, problem in enumerate(rows["problem"]):
         left_out[problem].append(i)
-    keep = left_out.pop("", [])
+    keep = left_out.pop("", [])  # the rows without a problem
     accelerator.print(f"{name}: {len(keep):,} of {len(rows):,} rows can be used")
     for problem, numbers in left_out.items():
         ids = ", ".join(rows[numbers[:5]]["id"]) + (", ..." if len(numbers) > 5 else "")
@@ -313,9 +314,9 @@ def load_posts(source: str, split: str, tokenizer, limits: tuple[int, int, int],
         rows = load_split(source, split, ["id", "subreddit", "title", "post", "summary"], "--query_dataset")
         rows = rows.map(
             tokenize_posts,
-            batched=True,
+            batched=True,  # a thousand rows at a time: the tokenizer works on them in parallel
             fn_kwargs=dict(tokenizer=tokenizer, max_query=limits[0], max_response=limits[1], max_both=limits[2]),
-            remove_columns=rows.column_names,
+            remove_columns=rows.column_names,  # the raw columns; `map` caches the result on disk by its content
             desc=f"tokenizing posts, {split}",
         )
     return keep_usable(rows, f"posts, {split}", accelerator)
@@ -327,6 +328,7 @@ def comparison_parts(info: dict) -> tuple[str, str, str]:
         # The newline after the last colon counts when the query is cut to length, and is stripped after that: so the
         # published code does it, and so the reward model never sees that newline.
         return "Article:\n", info["article"], "\n\nTL;DR:\n"
+    # A missing subreddit or title leaves a gap in the query; a missing post is a problem of the row (see below).
     return post_parts(info.get("subreddit") or "", info.get("title") or "", info["post"])
 
 
@@ -349,6 +351,7 @@ def tokenize_comparisons(rows: dict, tokenizer, max_query: int, max_response: in
     Returns `id`; `chosen`, `rejected` (ids of query and summary, BOS first if there is one, EOS last); `batch`,
     `confidence`, `policies` ("" where unknown); `problem` (why the row cannot be used, or "").
     """
+    # Text is tokenized for the usable rows only; the others keep empty lists, and a problem.
     number = len(rows["choice"])
     problems = [comparison_problem(*row) for row in zip(rows["info"], rows["summaries"], rows["choice"])]
     usable = [i for i in range(number) if not problems[i]]
@@ -361,6 +364,7 @@ def tokenize_comparisons(rows: dict, tokenizer, max_query: int, max_response: in
     out = {name: [""] * number for name in ("id", "batch", "confidence", "policies")} | {"problem": problems}
     out |= dict(chosen=[[] for _ in range(number)], rejected=[[] for _ in range(number)])
     for name, other in (("chosen", 0), ("rejected", 1)):  # which of the two: the choice, or the other one
+        # choice is 0 or 1, the index of the preferred summary.
         picked = [rows["summaries"][i][abs(int(rows["choice"][i]) - other)]["text"] for i in usable]
         both = encode(tokenizer, [query + " " + text.lstrip() for query, text in zip(queries, picked)])
         for i, query, length, ids in zip(usable, queries, query_lengths, both):
@@ -371,6 +375,7 @@ def tokenize_comparisons(rows: dict, tokenizer, max_query: int, max_response: in
                 problems[i] = problems[i] or f"a summary is longer than {max_response} tokens"
             elif len(ids) > max_both:
                 problems[i] = problems[i] or f"longer than {max_both} tokens with its query"
+    # What the evaluation groups by. Much of it is missing in some batches of OpenAI's data.
     for i in range(number):
         info, extra = rows["info"][i] or {}, (rows["extra"][i] if "extra" in rows else None) or {}
         out["id"][i] = str(info.get("id") or "")
@@ -378,6 +383,7 @@ def tokenize_comparisons(rows: dict, tokenizer, max_query: int, max_response: in
         confidence = extra.get("confidence")
         out["confidence"][i] = "" if confidence is None else f"{float(confidence):g}"
         if i in set(usable):
+            # Which policies wrote the two summaries, in an order that does not tell which was preferred.
             out["policies"][i] = " | ".join(sorted(str(s.get("policy") or "unknown") for s in rows["summaries"][i]))
     return out
 
@@ -437,14 +443,14 @@ def pad_rows(rows: list, pad_token_id: int, side: str, device) -> torch.Tensor:
 
 def model_folder(path: str) -> str:
     """`path`, or its subfolder model/ if `path` is the output folder of a run."""
-    inside = os.path.join(path, "model")
+    inside = os.path.join(path, "model")  # so that --sft_model_path takes the --output_dir of sft.py
     return inside if os.path.exists(os.path.join(inside, "config.json")) else path
 
 
 def load_config(path: str, flag: str, base_model: Optional[str] = None):
     """The config of a model folder or hub id (of --base_model where the folder has none), with dropout off."""
     if base_model and os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
-        return load_config(base_model, "--base_model")
+        return load_config(base_model, "--base_model")  # weights and nothing else in the folder
     message = f"{flag} {path}: not a model folder, and not a model that the hub gives"
     config = attempt(lambda: AutoConfig.from_pretrained(path), message)
     if base_model:
@@ -476,9 +482,9 @@ def add_pad_row(model, pad_token_id: int):
     # in the head: its logit 0 can exceed every other.
     if pad_token_id >= model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(pad_token_id + 1, mean_resizing=False)
-        for layer in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
+        for layer in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:  # may be tied, may be one
             layer.weight.data[pad_token_id] = layer.weight.data[:pad_token_id].mean(0)
-    model.config.pad_token_id = pad_token_id
+    model.config.pad_token_id = pad_token_id  # sequence classifiers find the last token of a row by it
 
 
 def model_inputs(token_ids: torch.Tensor, pad_token_id: int) -> dict:
@@ -512,9 +518,9 @@ def last_token_index(token_ids: torch.Tensor, pad_token_id: int) -> torch.Tensor
 def save_model(model, state_dict: dict, tokenizer, padding_side: str, output_dir: str):
     """Write OUTPUT_DIR/model (safetensors, config, tokenizer), complete in itself, whole or not at all."""
     temporary, final = os.path.join(output_dir, "model.tmp"), os.path.join(output_dir, "model")
-    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed while saving
     model.save_pretrained(temporary, state_dict=state_dict)
-    tokenizer.padding_side = padding_side
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = padding_side  # saved only if it is in both
     tokenizer.save_pretrained(temporary)
     os.rename(temporary, final)
 
@@ -524,7 +530,7 @@ class RewardModel(nn.Module):
 
     def __init__(self, classifier):
         super().__init__()
-        self.classifier = classifier
+        self.classifier = classifier  # what is saved in the end, by its own save_pretrained
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         pad = self.classifier.config.pad_token_id
@@ -539,7 +545,7 @@ class RewardModel(nn.Module):
 
 def load_classifier(path: str, config, tokenizer, flag: str, new_head: bool):
     """A sequence classifier with one label in fp32; with `new_head`, the body of a language model under a new head."""
-    config.num_labels = 1
+    config.num_labels = 1  # a scalar head; a language model's config says nothing of it
     # fp32 parameters, whatever the folder's dtype is (Detail 8).
     options = dict(config=config, dtype=torch.float32, output_loading_info=True)
     message = f"{flag} {path}: no model can be loaded from there"
@@ -575,7 +581,7 @@ def cosine_factor(update: int, num_updates: int, warm_up_steps: int) -> float:
 
 def pairwise_losses(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
     """Bradley-Terry: -log of the probability sigmoid(chosen - rejected) of the human choice, per pair. (B,) each."""
-    return -F.logsigmoid(chosen - rejected)
+    return -F.logsigmoid(chosen - rejected)  # not log(sigmoid()), which underflows for large differences
 
 
 def wilson_interval(wins: float, number: int) -> tuple[float, float]:
@@ -605,8 +611,9 @@ def calibration_rows(margins: np.ndarray) -> list[dict]:
     """
     rows = []
     for low, high in zip(MARGIN_EDGES, MARGIN_EDGES[1:]):
+        # A bin holds both signs: a negative margin is a pair where the model prefers the other summary.
         part = margins[(np.abs(margins) >= low) & (np.abs(margins) < high)]
-        if len(part):
+        if len(part):  # an empty bin has no row
             bounds, claimed = wilson_interval(int((part > 0).sum()), len(part)), 1 / (1 + np.exp(-np.abs(part)))
             row = {"bin": f"{low:g} to {high:g}", "margin": float(np.abs(part).mean()), "n": len(part)}
             row |= {"accuracy": float((part > 0).mean()), "low": bounds[0], "high": bounds[1]}
@@ -620,10 +627,11 @@ def calibration_rows(margins: np.ndarray) -> list[dict]:
 def start_records(args, accelerator: Accelerator):
     """Claim the output folder: write args.json (flags, versions, commit, command) and start the tracker if asked."""
     if not accelerator.is_main_process:
-        return
+        return  # one process writes, or files would be torn
     os.makedirs(args.output_dir, exist_ok=True)
     here = os.path.dirname(os.path.abspath(__file__))
     git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True)
+    # What somebody needs who wants the same numbers again. No environment variables: they may hold keys.
     packages = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
     record = {"args": asdict(args), "command": sys.argv, "seed": args.seed, "git_commit": git.stdout.strip() or None}
     record["versions"] = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
@@ -641,6 +649,7 @@ def log_metrics(metrics: dict, args, accelerator: Accelerator):
     if broken:
         raise FloatingPointError(f"{', '.join(broken)} is not finite at episode {metrics['episode']}: {metrics}")
     if accelerator.is_main_process:
+        # Opened and closed for every line, so that a run that is killed has lost none.
         with open(os.path.join(args.output_dir, "metrics.jsonl"), "a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
         if args.track:
@@ -676,12 +685,14 @@ def train(args, accelerator: Accelerator, model, optimizer, pairs, pad: int, num
     """The training loop: each update is one optimizer step over one global batch of pairs, and one line of metrics."""
     started = time.time()
     batch_size = args.local_micro_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    # A pair is as long as the longer of its two rows.
     lengths = np.array([max(len(c), len(r)) for c, r in zip(pairs["chosen"], pairs["rejected"])])
     model.train()
     for update in tqdm(range(num_updates), desc="RM", disable=not accelerator.is_main_process, mininterval=2):
         lr = args.lr * cosine_factor(update, num_updates, args.warm_up_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        # The same rows on every process; each then takes its own micro-batches of them.
         rows = take_rows(len(pairs), args.seed, update * batch_size, (update + 1) * batch_size)
         sums = torch.zeros(4, device=accelerator.device)  # loss, accuracy, chosen, rejected
         for mine in deal_micro_batches(rows, lengths, args.local_micro_batch_size, accelerator):
@@ -689,7 +700,7 @@ def train(args, accelerator: Accelerator, model, optimizer, pairs, pad: int, num
             # Detail 10 (RM training): chosen and rejected go through ONE forward pass, right-padded to a common length.
             token_ids = pad_rows(list(batch["chosen"]) + list(batch["rejected"]), pad, "right", accelerator.device)
             with accelerator.accumulate(model):
-                chosen, rejected = model(token_ids).chunk(2)  # (B / 2,) each
+                chosen, rejected = model(token_ids).chunk(2)  # (B / 2,) each, in the order in which they went in
                 losses = pairwise_losses(chosen, rejected)
                 # accelerate divides by the accumulation steps and averages over the processes; both are undone, so that
                 # the gradient is that of the mean over the global batch, however it is cut.
@@ -697,7 +708,7 @@ def train(args, accelerator: Accelerator, model, optimizer, pairs, pad: int, num
                 accelerator.backward(losses.sum() / batch_size * scale)
                 optimizer.step()
                 optimizer.zero_grad()
-            with torch.no_grad():
+            with torch.no_grad():  # stays on the device: .item() here would make the GPU wait
                 sums += torch.stack([losses.sum(), (chosen > rejected).sum(), chosen.sum(), rejected.sum()])
         means = (accelerator.reduce(sums, "sum") / batch_size).tolist()
         episode = (update + 1) * batch_size
@@ -720,13 +731,14 @@ def raw_scores(args, accelerator: Accelerator, model, token_rows: list, pad: int
     n, size = accelerator.num_processes, args.local_eval_batch_size
     mine = token_rows[accelerator.process_index :: n]
     order = np.argsort([-len(ids) for ids in mine], kind="stable")  # similar lengths together: little padding
+    # float64, so that means over many rows do not depend on the order of summation in float32.
     scores, unwrapped = np.zeros(len(mine)), accelerator.unwrap_model(model).eval()
     for start in tqdm(range(0, len(mine), size), desc="scoring", disable=not accelerator.is_main_process):
         chunk = order[start : start + size]
         with accelerator.autocast():
             scores[chunk] = unwrapped(pad_rows([mine[i] for i in chunk], pad, side, accelerator.device)).cpu().numpy()
     parts = gather_object([scores])
-    return np.array([parts[i % n][i // n] for i in range(len(token_rows))])
+    return np.array([parts[i % n][i // n] for i in range(len(token_rows))])  # undo the dealing
 
 
 def normalize(args, accelerator: Accelerator, model, posts, pad: int):
@@ -736,7 +748,7 @@ def normalize(args, accelerator: Accelerator, model, posts, pad: int):
     rows = posts.select(range(min(args.normalization_rows or len(posts), len(posts))))
     config = accelerator.unwrap_model(model).classifier.config
     config.normalization_offset = float(raw_scores(args, accelerator, model, rows["tokens"][:], pad).mean())
-    config.normalization_rows = len(rows)
+    config.normalization_rows = len(rows)  # how much the offset can be trusted
     mean = f"{config.normalization_offset:.4f}"
     accelerator.print(f"normalisation: the mean score of {len(rows):,} reference summaries was {mean}, and is now 0")
 
@@ -749,6 +761,7 @@ def evaluate_pairs(args, accelerator: Accelerator, model, pairs, pad: int) -> pd
     pairs = pairs.select(range(min(args.max_eval_rows or len(pairs), len(pairs))))
     offset = accelerator.unwrap_model(model).classifier.config.normalization_offset
     table = pd.DataFrame({name: pairs[name][:] for name in ("id", "batch", "confidence", "policies")})
+    # All chosen ones, then all rejected ones; a difference of two scores does not depend on the offset.
     scores = raw_scores(args, accelerator, model, pairs["chosen"][:] + pairs["rejected"][:], pad) - offset
     table["chosen_score"], table["rejected_score"] = np.split(scores, 2)
     return table.assign(margin=table.chosen_score - table.rejected_score)
@@ -762,8 +775,10 @@ def describe(scores: np.ndarray) -> dict:
 
 def draw_evaluation(calibration: list[dict], raw: np.ndarray, offset: float, title: str, path: str):
     """The picture of the evaluation: accuracy against margin, and the scores of reference summaries."""
+    # Figure, not pyplot: no global state, no display.
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
+    # Left: below the curve the model claims more than it keeps.
     margins = np.array([row["margin"] for row in calibration])
     accuracy, low, high = [np.array([row[name] for row in calibration]) for name in ("accuracy", "low", "high")]
     line = np.linspace(0, max(1.0, margins.max() * 1.05), 100)
@@ -773,6 +788,7 @@ def draw_evaluation(calibration: list[dict], raw: np.ndarray, offset: float, tit
     left.set(xlabel="|score difference| (mean of the bin, nats)", ylabel="share of pairs where the human agrees")
     left.set(title="Calibration", ylim=(0, 1.03))
     left.legend(loc="lower right", fontsize=8)
+    # Right: the same histogram, moved by the offset.
     bins = np.linspace(min(raw.min(), raw.min() - offset), max(raw.max(), raw.max() - offset), 50)
     right.hist(raw, bins, alpha=0.5, label=f"before normalisation (mean {raw.mean():.3f})")
     right.hist(raw - offset, bins, alpha=0.5, label=f"after (mean {raw.mean() - offset:.3f})")
@@ -780,6 +796,7 @@ def draw_evaluation(calibration: list[dict], raw: np.ndarray, offset: float, tit
     right.set(xlabel="score", ylabel="reference summaries", title=f"Scores of {len(raw):,} reference summaries")
     right.legend(fontsize=8)
     figure.suptitle(title)
+    # Whole or not at all, as with every other file.
     figure.savefig(f"{path}.tmp", format="png", dpi=130)
     os.replace(f"{path}.tmp", path)
 
@@ -830,6 +847,7 @@ def load_evaluation(args, config, tokenizer, accelerator: Accelerator):
     longest = min(args.max_cnndm_query_response_length, positions)
     news_limits = (min(args.max_cnndm_query_length, longest), args.max_cnndm_response_length, longest)
     pairs = load_comparisons(args.label_dataset, args.eval_split, tokenizer, limits, accelerator)
+    # Three places where CNN/DM rows may be: nowhere, in a split of their own, or among the others by their batch.
     is_news = np.isin(pairs["batch"][:], CNNDM_BATCHES)
     cnndm = None
     if has_split(args.label_dataset, "validation_cnndm"):
@@ -891,12 +909,14 @@ def main():
     train(args, accelerator, model, optimizer, pairs, tokenizer.pad_token_id, num_updates)
     summary = {"updates": num_updates, "episodes": num_updates * batch_size, "time/train": time.time() - started}
     config = accelerator.unwrap_model(model).classifier.config
+    # A reward model that is only evaluated keeps the offset it was saved with.
     if num_updates > 0 or not hasattr(config, "normalization_offset"):
         normalize(args, accelerator, model, posts, tokenizer.pad_token_id)
     summary |= {"normalization_offset": config.normalization_offset, "normalization_rows": config.normalization_rows}
     if num_updates > 0:
         state_dict = accelerator.get_state_dict(model)  # all processes take part where parameters are partitioned
         if accelerator.is_main_process:
+            # Without the wrapper's prefix: the names that a plain load of the folder looks for.
             weights = {name.removeprefix("classifier."): value for name, value in state_dict.items()}
             classifier = accelerator.unwrap_model(model).classifier
             save_model(classifier, weights, tokenizer, "right", args.output_dir)

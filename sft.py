@@ -128,7 +128,7 @@ def fail(message: str):
     """End the run with one clear line on stderr and exit code 2: for mistakes of the user, not of the program."""
     if os.environ.get("RANK", "0") == "0":  # under several processes, say it once
         print(f"error: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
+    raise SystemExit(2)  # the code of a wrong call, as for a flag that does not exist
 
 
 def attempt(load, message: str):
@@ -145,7 +145,7 @@ def write_whole(path: str, text: str):
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
-        os.fsync(file.fileno())
+        os.fsync(file.fileno())  # on the disk before the rename: a crash must not leave an empty file there
     os.replace(temporary, path)
 
 
@@ -154,7 +154,7 @@ def check_flags(args, may_be_zero: tuple, any_number: tuple = ()):
     for name, value in vars(args).items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or name in any_number:
             continue
-        if not (value > 0 or (value == 0 and name in may_be_zero)) or value == math.inf:
+        if not (value > 0 or (value == 0 and name in may_be_zero)) or value == math.inf:  # "not >" catches nan too
             fail(f"--{name} is {value}: it must be {'0 or more' if name in may_be_zero else 'greater than 0'}")
     if args.push_to_hub and not args.hf_repo_id:
         fail("--push_to_hub needs --hf_repo_id, the repository (user/name) to upload to")
@@ -193,7 +193,7 @@ def load_split(source: str, split: str, columns: list[str], flag: str, optional:
         if not found:
             fail(f"{flag} {source}: the folder has no {split}.parquet and no {split}.jsonl")
         where, loader = f"{flag} {source}/{found[0]}", "parquet" if found[0].endswith("parquet") else "json"
-        arguments = dict(data_files=os.path.join(source, found[0]), split="train")
+        arguments = dict(data_files=os.path.join(source, found[0]), split="train")  # what datasets calls a lone file
     message = f"{where}: no such folder, an unreadable file, or not to be had from the hub"
     rows = attempt(lambda: load_dataset(loader, **arguments), message)
     missing = [column for column in columns if column not in rows.column_names]
@@ -226,6 +226,7 @@ def encode(tokenizer, texts: list[str]) -> list[list[int]]:
 def bos_prefix(tokenizer) -> list[int]:
     """[BOS] if the tokenizer itself begins a text with it (Llama), else []. It belongs once, at the query's start."""
     with_special, plain = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    # Asked of the tokenizer itself: many name a BOS token in their config and never use it (Pythia does).
     return [tokenizer.bos_token_id] if with_special[:1] == [tokenizer.bos_token_id] != plain[:1] else []
 
 
@@ -287,7 +288,7 @@ def keep_usable(rows, name: str, accelerator: Accelerator):
     left_out = defaultdict(list)
     for i, problem in enumerate(rows["problem"]):
         left_out[problem].append(i)
-    keep = left_out.pop("", [])
+    keep = left_out.pop("", [])  # the rows without a problem
     accelerator.print(f"{name}: {len(keep):,} of {len(rows):,} rows can be used")
     for problem, numbers in left_out.items():
         ids = ", ".join(rows[numbers[:5]]["id"]) + (", ..." if len(numbers) > 5 else "")
@@ -304,9 +305,9 @@ def load_posts(source: str, split: str, tokenizer, limits: tuple[int, int, int],
         rows = load_split(source, split, ["id", "subreddit", "title", "post", "summary"], "--query_dataset")
         rows = rows.map(
             tokenize_posts,
-            batched=True,
+            batched=True,  # a thousand rows at a time: the tokenizer works on them in parallel
             fn_kwargs=dict(tokenizer=tokenizer, max_query=limits[0], max_response=limits[1], max_both=limits[2]),
-            remove_columns=rows.column_names,
+            remove_columns=rows.column_names,  # the raw columns; `map` caches the result on disk by its content
             desc=f"tokenizing posts, {split}",
         )
     return keep_usable(rows, f"posts, {split}", accelerator)
@@ -345,14 +346,14 @@ def pad_rows(rows: list, pad_token_id: int, side: str, device) -> torch.Tensor:
 
 def model_folder(path: str) -> str:
     """`path`, or its subfolder model/ if `path` is the output folder of a run."""
-    inside = os.path.join(path, "model")
+    inside = os.path.join(path, "model")  # so that --sft_model_path takes the --output_dir of sft.py
     return inside if os.path.exists(os.path.join(inside, "config.json")) else path
 
 
 def load_config(path: str, flag: str, base_model: Optional[str] = None):
     """The config of a model folder or hub id (of --base_model where the folder has none), with dropout off."""
     if base_model and os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
-        return load_config(base_model, "--base_model")
+        return load_config(base_model, "--base_model")  # weights and nothing else in the folder
     message = f"{flag} {path}: not a model folder, and not a model that the hub gives"
     config = attempt(lambda: AutoConfig.from_pretrained(path), message)
     if base_model:
@@ -384,9 +385,9 @@ def add_pad_row(model, pad_token_id: int):
     # in the head: its logit 0 can exceed every other.
     if pad_token_id >= model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(pad_token_id + 1, mean_resizing=False)
-        for layer in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
+        for layer in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:  # may be tied, may be one
             layer.weight.data[pad_token_id] = layer.weight.data[:pad_token_id].mean(0)
-    model.config.pad_token_id = pad_token_id
+    model.config.pad_token_id = pad_token_id  # sequence classifiers find the last token of a row by it
 
 
 def load_causal_lm(path: str, config, tokenizer, flag: str):
@@ -424,9 +425,9 @@ def model_inputs(token_ids: torch.Tensor, pad_token_id: int) -> dict:
 def save_model(model, state_dict: dict, tokenizer, padding_side: str, output_dir: str):
     """Write OUTPUT_DIR/model (safetensors, config, tokenizer), complete in itself, whole or not at all."""
     temporary, final = os.path.join(output_dir, "model.tmp"), os.path.join(output_dir, "model")
-    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed while saving
     model.save_pretrained(temporary, state_dict=state_dict)
-    tokenizer.padding_side = padding_side
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = padding_side  # saved only if it is in both
     tokenizer.save_pretrained(temporary)
     os.rename(temporary, final)
 
@@ -481,6 +482,7 @@ def generate(model, queries: torch.Tensor, response_length: int, temperature: fl
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     num_rows, device = queries.shape[0], queries.device
     responses = torch.full((num_rows, response_length), pad, device=device)  # (B, R)
+    # One random number per row and token, drawn in advance.
     uniforms = torch.rand((num_rows, response_length), generator=generator, device=device, dtype=torch.float64)
     alive = torch.arange(num_rows, device=device)  # rows that have not ended, (A,)
     inputs, cache = model_inputs(queries, pad), None
@@ -496,13 +498,13 @@ def generate(model, queries: torch.Tensor, response_length: int, temperature: fl
         # a sum over 50,000 probabilities would round the rare ones away.
         cdf = logits.double().softmax(-1).cumsum(-1)  # (A, V)
         token = torch.searchsorted(cdf, uniforms[alive, t, None] * cdf[:, -1:], right=True).squeeze(1)  # (A,)
-        responses[alive, t] = token
+        responses[alive, t] = token  # EOS itself is part of the response
         going_on = (token != eos).nonzero().squeeze(1)  # positions within the alive rows
         if len(going_on) == 0:
-            break
+            break  # every row has ended
         cache, mask, position = output.past_key_values, inputs["attention_mask"], inputs["position_ids"][:, -1:]
         if len(going_on) < len(alive):
-            cache.batch_select_indices(going_on)
+            cache.batch_select_indices(going_on)  # keys and values of the rows that go on
             alive, token, mask, position = alive[going_on], token[going_on], mask[going_on], position[going_on]
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)  # (A, Q + t + 1)
         inputs = dict(input_ids=token[:, None], attention_mask=mask, position_ids=position + 1)
@@ -515,10 +517,11 @@ def generate(model, queries: torch.Tensor, response_length: int, temperature: fl
 def start_records(args, accelerator: Accelerator):
     """Claim the output folder: write args.json (flags, versions, commit, command) and start the tracker if asked."""
     if not accelerator.is_main_process:
-        return
+        return  # one process writes, or files would be torn
     os.makedirs(args.output_dir, exist_ok=True)
     here = os.path.dirname(os.path.abspath(__file__))
     git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True)
+    # What somebody needs who wants the same numbers again. No environment variables: they may hold keys.
     packages = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
     record = {"args": asdict(args), "command": sys.argv, "seed": args.seed, "git_commit": git.stdout.strip() or None}
     record["versions"] = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
@@ -536,6 +539,7 @@ def log_metrics(metrics: dict, args, accelerator: Accelerator):
     if broken:
         raise FloatingPointError(f"{', '.join(broken)} is not finite at episode {metrics['episode']}: {metrics}")
     if accelerator.is_main_process:
+        # Opened and closed for every line, so that a run that is killed has lost none.
         with open(os.path.join(args.output_dir, "metrics.jsonl"), "a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
         if args.track:
@@ -563,7 +567,7 @@ def show_samples(samples: list[dict], title: str):
     """Print a few samples for a person to read: the end of the query, what the model wrote, what a person wrote."""
     tqdm.write(f"--- {title}")
     for sample in samples:
-        tqdm.write(f"    post      ...{sample['query'][-160:]!r}")
+        tqdm.write(f"    post      ...{sample['query'][-160:]!r}")  # tqdm.write does not tear a progress bar
         tqdm.write(f"    response  {sample['response'].strip()!r}")
         tqdm.write(f"    reference {sample['reference'].strip()!r}")
 
@@ -590,12 +594,14 @@ def train(args, accelerator: Accelerator, model, optimizer, posts, eval_posts, t
     batch_size = args.local_micro_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     lengths = np.array([len(ids) for ids in posts["tokens"]])  # of every row, known to all processes,
     targets = count_targets(posts[:], args.response_loss_only)  # like these
-    model.train()
+    model.train()  # with dropout gone (Detail 7), it computes the same as in eval mode
     for update in tqdm(range(num_updates), desc="SFT", disable=not accelerator.is_main_process, mininterval=2):
+        # Set by hand, as a pure function of the update: no scheduler whose state would have to be kept in step.
         lr = args.lr * cosine_factor(update, num_updates, args.warm_up_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
         rows = take_rows(len(posts), args.seed, update * batch_size, (update + 1) * batch_size)  # of the global batch
+        # The denominator is known before the first forward pass, on every process, without asking the others.
         num_targets, nll_sum = int(targets[rows].sum()), torch.zeros((), device=accelerator.device)
         for mine in deal_micro_batches(rows, lengths, args.local_micro_batch_size, accelerator):
             with accelerator.accumulate(model):
@@ -605,7 +611,7 @@ def train(args, accelerator: Accelerator, model, optimizer, posts, eval_posts, t
                 accelerator.backward(nll / num_targets * args.gradient_accumulation_steps * accelerator.num_processes)
                 optimizer.step()
                 optimizer.zero_grad()
-            nll_sum += nll.detach()
+            nll_sum += nll.detach()  # stays on the device: .item() here would make the GPU wait
         episode = (update + 1) * batch_size
         metrics = {"episode": episode, "epoch": episode / len(posts), "lr": lr}
         metrics["sft/loss"] = accelerator.reduce(nll_sum, "sum").item() / num_targets
@@ -646,6 +652,7 @@ def evaluate(args, accelerator: Accelerator, model, posts, tokenizer) -> dict:
         with accelerator.autocast():
             nll_sum += summed_nll(args, accelerator, unwrapped, rows, tokenizer.pad_token_id).item()
         samples += sample_rows(args, accelerator, model, rows, tokenizer)
+    # One entry per process: sums of the loss, and lists of samples.
     nll_sums, samples = gather_object([nll_sum]), gather_object([samples])
     if not accelerator.is_main_process:
         return {}
@@ -654,6 +661,7 @@ def evaluate(args, accelerator: Accelerator, model, posts, tokenizer) -> dict:
     write_whole(f"{args.output_dir}/samples_{args.eval_split}.csv", samples[columns].to_csv(index=False))
     show_samples(samples[:3].to_dict("records"), f"samples at temperature {args.eval_temperature}")
     kinds = ("rouge1", "rouge2", "rougeL")
+    # ROUGE: n-gram overlap with the reference (rouge1, rouge2), longest common subsequence (rougeL).
     scorer = RougeScorer(kinds, use_stemmer=True)
     scores = [scorer.score(reference, text) for reference, text in zip(samples.reference, samples.response)]
     results = {"eval/rows": len(samples), "eval/response_length": float(samples.tokens.mean())}
@@ -675,7 +683,7 @@ def main():
     config = load_config(path, "--base_model")
     check_positions(config, args.max_query_response_length, "--max_query_response_length")
     sampling = args.run_eval or args.print_samples_every > 0
-    if sampling:
+    if sampling:  # then queries and responses must fit as well
         check_positions(config, args.max_query_length + args.response_length, "--max_query_length + --response_length")
     tokenizer = load_tokenizer(path, "--base_model")
     limits = (args.max_query_length, args.max_response_length, args.max_query_response_length)

@@ -1,0 +1,82 @@
+"""The README against the code: every flag, tag, file, metric and figure that it names is really there."""
+
+import json
+import pathlib
+import re
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+SCRIPTS = {name: (ROOT / name).read_text() for name in ("sft.py", "reward.py", "ppo.py", "eval_judge.py")}
+DETAILS = [str(number) for number in range(1, 26)] + list("TRVLSEKWP")
+
+
+def section(title: str) -> str:
+    """The text under a `## title`, up to the next one."""
+    return README.split(f"## {title}\n", 1)[1].split("\n## ", 1)[0]
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of a markdown table, without its head."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if not line.startswith("|---")][1:]
+
+
+def test_every_detail_has_one_row_and_its_tag_where_the_row_says():
+    table = rows(section("The details, and where they are"))
+    assert [row[0] for row in table] == DETAILS
+    for number, _, where, evidence in table:
+        named = re.findall(r"`(\w+\.py)`", where) or ["sft.py", "reward.py", "ppo.py"]
+        tagged = [name for name in named if re.search(rf"# Detail {number} \(", SCRIPTS[name])]
+        assert tagged, f"no tag '# Detail {number} (' in {named}"
+        for test in re.findall(r"`(test_\w+\.py)`", evidence):
+            assert (ROOT / "tests" / test).exists(), test
+
+
+def test_files_that_are_named_exist():
+    for path in set(re.findall(r"(?:benchmark|tests)/[\w./-]+\.(?:sh|py|yaml|md|png|json|csv)", README)):
+        assert (ROOT / path).exists(), path
+
+
+def test_flags_that_are_named_exist():
+    sources = "\n".join(SCRIPTS.values()) + "\n".join(path.read_text() for path in (ROOT / "benchmark").glob("*.py"))
+    of_others = {"mixed_precision", "config_file", "quiet", "num_processes", "index-url"}
+    for flag in set(re.findall(r"--([a-z][\w-]+)", README)) - of_others:
+        assert re.search(rf"^    {flag}: ", sources, re.M), f"--{flag} is no flag of any script"
+
+
+def test_the_table_of_flags_tells_the_truth():
+    ours = {name: set(re.findall(r"^    (\w+): ", text, re.M)) for name, text in SCRIPTS.items()}
+    everything = set.union(*ours.values())
+    for published, here, _ in rows(section("What differs from the published code, and why").split("Flags of")[1]):
+        names = [name.removeprefix("ppo.") for cell in re.findall(r"`([^`]+)`", published) for name in cell.split()]
+        for name in names:
+            if here == "the same":
+                assert name in everything, f"{name} is said to be kept"
+            if here == "(dropped)":
+                assert name not in everything, f"{name} is said to be dropped"
+
+
+def test_every_metric_is_in_the_glossary():
+    glossary = set(re.findall(r"`([\w/]+)`", section("What a run writes")))
+    for name in ("sft.py", "reward.py", "ppo.py"):
+        keys = re.findall(r'"((?:objective|policy|loss|val|eval|rm|sft|time)/\w+)"', SCRIPTS[name])
+        assert keys
+        for key in set(keys) - {"time/eval"}:  # in summary.json only
+            assert key in glossary, f"{key} of {name} has no line in the glossary"
+
+
+def test_the_figures_are_those_of_the_results():
+    sys.path.insert(0, str(ROOT / "benchmark"))
+    from quickstart_seeds import markdown
+
+    records = json.loads((ROOT / "benchmark" / "results" / "quickstart.json").read_text())["runs"]
+    assert len(records) >= 3
+    assert markdown(records) in README
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_are_described(name):
+    assert f"[`{name}`]({name})" in README
