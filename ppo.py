@@ -433,16 +433,16 @@ def load_causal_lm(path: str, config, tokenizer, flag: str):
     """A causal language model with fp32 parameters."""
     # Detail 8 (fp32 masters): transformers keeps the checkpoint's dtype, and Pythia's is fp16. At lr 3e-6 most updates
     # would be rounded away there. bf16 is for the computation only (autocast, or DeepSpeed's).
-    options = dict(config=config, dtype=torch.float32, output_loading_info=True)
+    # What plain `model.generate` will need of the saved folder: where to stop, and what to pad with.
+    special = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    generation = GenerationConfig(bos_token_id=tokenizer.bos_token_id, **special)
+    options = dict(config=config, generation_config=generation, dtype=torch.float32, output_loading_info=True)
     message = f"{flag} {path}: no causal language model can be loaded from there"
     model, info = attempt(lambda: AutoModelForCausalLM.from_pretrained(path, **options), message)
     if info["missing_keys"]:  # a reward model's folder, say: its missing head would silently be random
         fail(f"{flag} {path}: not a causal language model, it has no weights for {sorted(info['missing_keys'])[0]}")
     add_pad_row(model, tokenizer.pad_token_id)
-    # What plain `model.generate` will need of the saved folder: where to stop, and what to pad with.
-    special = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, **special)
     return model
 
 
@@ -784,9 +784,8 @@ def rollout(args, accelerator: Accelerator, networks, query_tokens: list, temper
     back = torch.tensor(np.argsort(order, kind="stable"), device=accelerator.device)  # to the order of the data again
     batch = {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
     batch["raw_scores"] = batch["scores"]
-    batch["scores"] = final_scores(
-        batch["scores"], batch["responses"], tokenizer.eos_token_id, args.missing_eos_penalty
-    )
+    eos, penalty = tokenizer.eos_token_id, args.missing_eos_penalty
+    batch["scores"] = final_scores(batch["raw_scores"], batch["responses"], eos, penalty)
     return batch
 
 
@@ -985,7 +984,8 @@ def finish_records(summary: dict, args, accelerator: Accelerator):
     if args.push_to_hub:
         HfApi().create_repo(args.hf_repo_id, exist_ok=True)
         for folder, files in ((f"{args.output_dir}/model", None), (args.output_dir, ["args.json", "metrics.jsonl"])):
-            HfApi().upload_folder(repo_id=args.hf_repo_id, folder_path=folder, allow_patterns=files)
+            if os.path.isdir(folder):  # with --total_episodes 0 there is no model
+                HfApi().upload_folder(repo_id=args.hf_repo_id, folder_path=folder, allow_patterns=files)
 
 
 def show_samples(samples: list[dict], title: str):

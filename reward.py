@@ -670,7 +670,8 @@ def finish_records(summary: dict, args, accelerator: Accelerator):
     if args.push_to_hub:
         HfApi().create_repo(args.hf_repo_id, exist_ok=True)
         for folder, files in ((f"{args.output_dir}/model", None), (args.output_dir, ["args.json", "metrics.jsonl"])):
-            HfApi().upload_folder(repo_id=args.hf_repo_id, folder_path=folder, allow_patterns=files)
+            if os.path.isdir(folder):  # with --total_episodes 0 there is no model
+                HfApi().upload_folder(repo_id=args.hf_repo_id, folder_path=folder, allow_patterns=files)
 
 
 def print_table(title: str, rows: list[dict]):

@@ -10,7 +10,7 @@ class FakeHub:
     """A server for a `with` block: `files` by repository and path, `created` repositories, the tokens that came."""
 
     def __init__(self):
-        self.files, self.created, self.tokens, self.unknown = {}, [], set(), []
+        self.files, self.created, self.tokens = {}, [], set()
 
     def __enter__(self):
         hub = self
@@ -69,7 +69,6 @@ class FakeHub:
             repo = path.removeprefix("/api/models/").partition("/revision")[0]
             reply = {"_id": "0" * 24, "id": repo, "sha": "0" * 40, "siblings": [], "private": False}
         else:
-            self.unknown.append((handler.command, handler.path))
             status = 404
         raw = json.dumps(reply).encode()
         handler.send_response(status)
