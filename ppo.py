@@ -233,7 +233,7 @@ def load_split(source: str, split: str, columns: list[str], flag: str, optional:
             fail(f"{flag} {source}: the folder has no {split}.parquet and no {split}.jsonl")
         where, loader = f"{flag} {source}/{found[0]}", "parquet" if found[0].endswith("parquet") else "json"
         arguments = dict(data_files=os.path.join(source, found[0]), split="train")  # what datasets calls a lone file
-    message = f"{where}: no such folder, an unreadable file, or not to be had from the hub"
+    message = f"{where}: no such folder, an empty or unreadable file, or not to be had from the hub"
     rows = attempt(lambda: load_dataset(loader, **arguments), message)
     missing = [column for column in columns if column not in rows.column_names]
     if missing:
@@ -249,8 +249,8 @@ def load_tokenizer(path: str, flag: str, base_model: Optional[str] = None):
     if base_model and os.path.isdir(path) and not os.path.exists(os.path.join(path, "tokenizer_config.json")):
         path, flag = base_model, "--base_model"
     tokenizer = attempt(lambda: AutoTokenizer.from_pretrained(path), f"{flag} {path}: no tokenizer can be loaded")
-    if tokenizer.eos_token_id is None:
-        fail(f"{flag} {path}: the tokenizer has no EOS token, so a response could never end")
+    if tokenizer.eos_token_id is None or not encode(tokenizer, ["a"])[0]:  # transformers makes one up without files
+        fail(f"{flag} {path}: the tokenizer is empty, or it has no EOS token, so that a response could never end")
     # Detail 3 (PAD and EOS): the pad token is a new one, even where the tokenizer brings its own, and never EOS: with
     # pad == EOS the loss mask hides EOS as well, and the model never learns to stop.
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
@@ -942,7 +942,7 @@ def start_records(args, accelerator: Accelerator):
     """Claim the output folder: write args.json (flags, versions, commit, command) and start the tracker if asked."""
     if not accelerator.is_main_process:
         return  # one process writes, or files would be torn
-    os.makedirs(args.output_dir, exist_ok=True)
+    attempt(lambda: os.makedirs(args.output_dir, exist_ok=True), f"--output_dir {args.output_dir}: it cannot be made")
     here = os.path.dirname(os.path.abspath(__file__))
     git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True)
     # What somebody needs who wants the same numbers again. No environment variables: they may hold keys.
@@ -1073,8 +1073,8 @@ def main():
     # 4. Networks and optimizer.
     model, reference, reward_model = load_networks(args, config, tokenizer)
     model.eval()  # switches off whatever else acts in training only; dropout is gone already (Detail 7)
-    # Detail E (Adam): PyTorch's AdamW, which adds eps after the bias correction; TensorFlow's placement makes other
-    # steps. Detail 20 (settings): eps 1e-5, no gradient clipping, no entropy bonus.
+    # Detail E (Adam): PyTorch's AdamW, which adds eps after the bias correction; TensorFlow's makes other steps.
+    # Detail 20 (settings): eps 1e-5, no gradient clipping, no entropy bonus.
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=args.eps, betas=(0.9, 0.999), weight_decay=0.01)
     model, optimizer = accelerator.prepare(model, optimizer)
     frozen = [prepare_frozen(network, args, accelerator) for network in (reference, reward_model)]

@@ -203,7 +203,7 @@ def load_split(source: str, split: str, columns: list[str], flag: str, optional:
             fail(f"{flag} {source}: the folder has no {split}.parquet and no {split}.jsonl")
         where, loader = f"{flag} {source}/{found[0]}", "parquet" if found[0].endswith("parquet") else "json"
         arguments = dict(data_files=os.path.join(source, found[0]), split="train")  # what datasets calls a lone file
-    message = f"{where}: no such folder, an unreadable file, or not to be had from the hub"
+    message = f"{where}: no such folder, an empty or unreadable file, or not to be had from the hub"
     rows = attempt(lambda: load_dataset(loader, **arguments), message)
     missing = [column for column in columns if column not in rows.column_names]
     if missing:
@@ -219,8 +219,8 @@ def load_tokenizer(path: str, flag: str, base_model: Optional[str] = None):
     if base_model and os.path.isdir(path) and not os.path.exists(os.path.join(path, "tokenizer_config.json")):
         path, flag = base_model, "--base_model"
     tokenizer = attempt(lambda: AutoTokenizer.from_pretrained(path), f"{flag} {path}: no tokenizer can be loaded")
-    if tokenizer.eos_token_id is None:
-        fail(f"{flag} {path}: the tokenizer has no EOS token, so a response could never end")
+    if tokenizer.eos_token_id is None or not encode(tokenizer, ["a"])[0]:  # transformers makes one up without files
+        fail(f"{flag} {path}: the tokenizer is empty, or it has no EOS token, so that a response could never end")
     # Detail 3 (PAD and EOS): the pad token is a new one, even where the tokenizer brings its own, and never EOS: with
     # pad == EOS the loss mask hides EOS as well, and the model never learns to stop.
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
@@ -377,11 +377,12 @@ def tokenize_comparisons(rows: dict, tokenizer, max_query: int, max_response: in
                 problems[i] = problems[i] or f"longer than {max_both} tokens with its query"
     # What the evaluation groups by. Much of it is missing in some batches of OpenAI's data.
     for i in range(number):
-        info, extra = rows["info"][i] or {}, (rows["extra"][i] if "extra" in rows else None) or {}
+        fields = rows["info"][i], rows["extra"][i] if "extra" in rows else None
+        info, extra = [value if isinstance(value, dict) else {} for value in fields]
         out["id"][i] = str(info.get("id") or "")
         out["batch"][i] = str((rows["batch"][i] if "batch" in rows else None) or "")
         confidence = extra.get("confidence")
-        out["confidence"][i] = "" if confidence is None else f"{float(confidence):g}"
+        out["confidence"][i] = f"{confidence:g}" if isinstance(confidence, (int, float)) else str(confidence or "")
         if i in set(usable):
             # Which policies wrote the two summaries, in an order that does not tell which was preferred.
             out["policies"][i] = " | ".join(sorted(str(s.get("policy") or "unknown") for s in rows["summaries"][i]))
@@ -628,7 +629,7 @@ def start_records(args, accelerator: Accelerator):
     """Claim the output folder: write args.json (flags, versions, commit, command) and start the tracker if asked."""
     if not accelerator.is_main_process:
         return  # one process writes, or files would be torn
-    os.makedirs(args.output_dir, exist_ok=True)
+    attempt(lambda: os.makedirs(args.output_dir, exist_ok=True), f"--output_dir {args.output_dir}: it cannot be made")
     here = os.path.dirname(os.path.abspath(__file__))
     git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True)
     # What somebody needs who wants the same numbers again. No environment variables: they may hold keys.
