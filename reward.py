@@ -796,7 +796,8 @@ def draw_evaluation(calibration: list[dict], raw: np.ndarray, offset: float, tit
     right.hist(raw - offset, bins, alpha=0.5, label=f"after (mean {raw.mean() - offset:.3f})")
     right.axvline(0, color="black", linewidth=0.8)
     right.set(xlabel="score", ylabel="reference summaries", title=f"Scores of {len(raw):,} reference summaries")
-    right.legend(fontsize=8)
+    right.set_ylim(0, right.get_ylim()[1] * 1.2)  # room for the legend
+    right.legend(fontsize=8, loc="upper left")
     figure.suptitle(title)
     # Whole or not at all, as with every other file.
     figure.savefig(f"{path}.tmp", format="png", dpi=130)
@@ -845,6 +846,7 @@ def evaluate(args, accelerator: Accelerator, model, pairs, cnndm, posts, pad: in
 def load_evaluation(args, config, tokenizer, accelerator: Accelerator):
     """The TL;DR pairs, CNN/DM pairs (None if there are none) and posts of the evaluation split."""
     limits = (args.max_query_length, args.max_response_length, args.max_query_response_length)
+    # News articles are long: whatever the flags say, a row longer than the model's positions is left out.
     positions = getattr(config, "max_position_embeddings", None) or math.inf
     longest = min(args.max_cnndm_query_response_length, positions)
     news_limits = (min(args.max_cnndm_query_length, longest), args.max_cnndm_response_length, longest)

@@ -17,9 +17,10 @@ WORLD=${WORLD:-runs/quickstart/$SIZE-world}
 SPLIT=${SPLIT:-test}
 case $SIZE in
   full)  world=(); sft_rows=24000; pairs=32000; episodes=3840; norm=2000 ;;
-  smoke) world=(--num_train_posts 4000 --num_train_pairs 4000 --num_validation_posts 100 --num_test_posts 100
+  smoke) world=(--num_values 4 --max_fillers 0 --distractor_share 0 --num_train_posts 8000 --num_train_pairs 8000
+                --num_validation_posts 100 --num_test_posts 100
                 --num_validation_pairs 200 --num_test_pairs 200 --num_cnndm_pairs 30)
-         sft_rows=4000; pairs=4000; episodes=1280; norm=500 ;;
+         sft_rows=8000; pairs=8000; episodes=1920; norm=500 ;;
   *) echo "error: SIZE is $SIZE; it is full or smoke" >&2; exit 2 ;;
 esac
 mkdir -p "$OUT"
