@@ -709,6 +709,8 @@ def agreement(a: list[float], b: list[float]) -> dict:
     kappa = (share - chance) / (1 - chance), where chance is the share that two independent judges with these two
     distributions over win, tie and loss would reach. It is None where chance alone explains everything (chance 1).
     """
+    # Detail 18 (agreement): a share alone flatters judges who nearly always say the same; kappa takes chance out. The
+    # published agreement of reward models with an LLM judge is low at 1B and rises with size.
     n = len(a)
     if n == 0:
         return {"n": 0, "agreement": None, "kappa": None}

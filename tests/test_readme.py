@@ -70,11 +70,13 @@ def test_every_metric_is_in_the_glossary():
 
 def test_the_figures_are_those_of_the_results():
     sys.path.insert(0, str(ROOT / "benchmark"))
-    from quickstart_seeds import markdown
+    import quickstart_seeds
+    import real_table
 
     records = json.loads((ROOT / "benchmark" / "results" / "quickstart.json").read_text())["runs"]
     assert len(records) >= 3
-    assert markdown(records) in README
+    assert quickstart_seeds.markdown(records) in README
+    assert real_table.markdown(json.loads((ROOT / "benchmark" / "results" / "real_short.json").read_text())) in README
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
