@@ -40,12 +40,9 @@ ROWS = (
     ("PPO response tokens", "ppo/length", "{:.1f}"),
     ("KL at the first update", "ppo/kl_first", "{:.6f}"),
     ("KL at the last update", "ppo/kl_last", "{:.2f}"),
-    ("largest |ratio - 1| in any first optimizer step", "ppo/ratio_first_dev_largest", "{:.1e}"),
+    ("largest distance of a ratio from 1 in any first optimizer step", "ppo/ratio_first_dev_largest", "{:.1e}"),
     ("share of PPO responses with EOS", "ppo/eos_share", "{:.3f}"),
-    ("seconds: SFT", "seconds/sft", "{:.0f}"),
-    ("seconds: reward model", "seconds/reward", "{:.0f}"),
-    ("seconds: PPO", "seconds/ppo", "{:.0f}"),
-    ("seconds: judge", "seconds/judge", "{:.0f}"),
+    ("seconds: world, SFT, reward model, PPO, judge", "seconds/all", "{:.0f}"),
 )
 
 
@@ -53,6 +50,7 @@ def read_run(folder: str) -> dict:
     """One seed: the quickstart's own record, and the win rates at temperature 0.7."""
     with open(os.path.join(folder, "quickstart.json"), encoding="utf-8") as file:
         record = json.load(file)
+    record["seconds/all"] = sum(value or 0 for name, value in record.items() if name.startswith("seconds/"))
     with open(os.path.join(folder, "judge-warm", "summary.json"), encoding="utf-8") as file:
         warm = json.load(file)["samples"]
     for path, result in warm.items():
@@ -63,7 +61,7 @@ def read_run(folder: str) -> dict:
 
 def markdown(records: list[dict]) -> str:
     """The table, a column per seed and one for the mean; an interval stands behind a figure that has one."""
-    head = " | ".join(f"seed {i + 1}" for i in range(len(records)))
+    head = " | ".join(f"seed {record['seed']}" for record in records)
     lines = [f"| | {head} | mean |", "|---|" + "---|" * (len(records) + 1)]
     for what, key, form in ROWS:
         values, cells = [record[key] for record in records], []

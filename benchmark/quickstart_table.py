@@ -46,7 +46,7 @@ def by_length(sft: dict, ppo: dict) -> dict:
 
 def collect(folder: str, split: str) -> dict:
     """Everything about one run of the quickstart, as a flat record."""
-    record = {"folder": folder, "split": split}
+    record = {"folder": folder, "split": split, "seed": read_json(folder, "ppo", "args.json")["seed"]}
     judged, gold = read_json(folder, "judge", "summary.json"), read_json(folder, "gold.json")
     files = {stage: os.path.join(folder, stage, f"samples_{split}.csv") for stage in ("sft", "ppo")}
     for stage, path in files.items():

@@ -16,7 +16,7 @@ SEED=${SEED:-44413}
 BASE=runs/real/base_model
 case $SIZE in
   # Learning rates are above the paper's 3e-6: there are tens of updates here, not a thousand.
-  short) lr=2e-5; sft="--total_episodes 304"; rm="--total_episodes 320 --normalization_rows 64"; ppo="--total_episodes 96"
+  short) lr=2e-5; sft="--total_episodes 304"; rm="--total_episodes 320 --normalization_rows 64"; ppo="--total_episodes 64"
          rows=64; pairs=150; batch=32; micro=4 ;;
   full)  lr=1e-5; sft=""; rm=""; ppo="--total_episodes 20480"; rows=181; pairs=600; batch=128; micro=32 ;;
   *) echo "error: SIZE is $SIZE; it is short or full" >&2; exit 2 ;;
