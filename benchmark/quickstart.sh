@@ -3,7 +3,7 @@
 #
 #   bash benchmark/quickstart.sh                 # about five minutes on two cores, after the installation
 #   SEED=2 bash benchmark/quickstart.sh          # another seed of the training; OUT=FOLDER names another folder
-#   SIZE=smoke bash benchmark/quickstart.sh      # a tenth of the data, for tests: shows that it runs, not how well
+#   SIZE=smoke bash benchmark/quickstart.sh      # an easier world and a third of the data: about two minutes, for tests
 #
 # Ends with a table and report.png. A stage that is complete is not repeated; one that was interrupted starts again.
 # The settings differ from the paper's in a few flags, which `tiny` below lists; README.md says why.

@@ -29,8 +29,13 @@ import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers  # noqa: E402
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig  # noqa: E402
-from transformers import PreTrainedTokenizerFast  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
 
 torch.set_num_threads(1)
 FAMILIES = ("gpt_neox", "llama", "gpt2")
@@ -46,7 +51,7 @@ def pytest_sessionfinish():
     shutil.rmtree(CACHE, ignore_errors=True)
 
 
-# ---- Data --------------------------------------------------------------------------------------------------------------
+# ---- Data ------------------------------------------------------------------------------------------------------------
 
 
 def sentence(rng, low, high):
@@ -108,10 +113,10 @@ def data(tmp_path_factory):
     return SimpleNamespace(posts=str(root / "posts"), pairs=str(root / "pairs"))
 
 
-# ---- Tokenizers and models ---------------------------------------------------------------------------------------------
+# ---- Tokenizers and models -------------------------------------------------------------------------------------------
 
 
-def make_tokenizer(vocab_size=400, bos=False, pad=None, alphabet=None):
+def make_tokenizer(vocab_size=400, bos=False, pad=None):
     """A byte-level BPE trained on text like that of the posts, EOS is id 0; with `bos`, <s> begins every text."""
     rng = random.Random(0)
     tokenizer = Tokenizer(models.BPE())
@@ -121,7 +126,7 @@ def make_tokenizer(vocab_size=400, bos=False, pad=None, alphabet=None):
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if alphabet is None else alphabet,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     text = [f"SUBREDDIT: r/advice\n\nTITLE: {sentence(rng, 4, 9)}\n\nPOST: {sentence(rng, 5, 30)}\n\nTL;DR: ?!"] * 99
@@ -135,7 +140,7 @@ def make_tokenizer(vocab_size=400, bos=False, pad=None, alphabet=None):
 
 
 def make_config(family, vocab_size, dropout=0.0, **more):
-    """A very small model. Large initial weights make its distributions far from uniform, as those of real models are."""
+    """A very small model. Large initial weights make its distributions far from uniform, as in real models."""
     if family == "gpt_neox":  # like Pythia: more rows in the embedding than the tokenizer has ids
         sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
         return GPTNeoXConfig(
@@ -179,7 +184,7 @@ def base_models(tmp_path_factory):
     return {family: make_model_folder(root / family, family) for family in FAMILIES}
 
 
-# ---- Running the scripts -----------------------------------------------------------------------------------------------
+# ---- Running the scripts ---------------------------------------------------------------------------------------------
 
 
 # What the small data need in place of the paper's lengths.

@@ -9,10 +9,19 @@ import re
 import shutil
 import typing
 
+import pandas as pd
 import pytest
 import torch
 from conftest import (
-    LENGTHS, POSITIONS, make_model_folder, make_pairs, make_posts, make_tokenizer, run_inside, run_script, write_rows,
+    LENGTHS,
+    POSITIONS,
+    make_model_folder,
+    make_pairs,
+    make_posts,
+    make_tokenizer,
+    run_inside,
+    run_script,
+    write_rows,
 )  # fmt: skip
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM
 
@@ -74,7 +83,7 @@ def test_the_good_flags_are_good(good):
         shutil.rmtree(flags["--output_dir"])
 
 
-# ---- Numbers -----------------------------------------------------------------------------------------------------------
+# ---- Numbers ---------------------------------------------------------------------------------------------------------
 
 ANY_NUMBER = {"missing_eos_penalty"}
 MAY_BE_ZERO = {
@@ -139,7 +148,7 @@ def test_lengths_that_just_fit_the_models_positions(good):
     assert run_inside(ppo, *[part for pair in flags.items() for part in pair]).code == 0
 
 
-# ---- Output folder, precision, upload ----------------------------------------------------------------------------------
+# ---- Output folder, precision, upload --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("taken", ["args.json", "metrics.jsonl", "summary.json", "model"])
@@ -177,7 +186,7 @@ def test_an_upload_needs_a_repository(refused, name):
     assert "--hf_repo_id" in refused(name, {}, "--push_to_hub")
 
 
-# ---- Data --------------------------------------------------------------------------------------------------------------
+# ---- Data ------------------------------------------------------------------------------------------------------------
 
 
 def damaged(kind, tmp_path, rows):
@@ -199,8 +208,6 @@ def damaged(kind, tmp_path, rows):
         content = (folder / "train.parquet").read_bytes()
         (folder / "train.parquet").write_bytes(content[: len(content) // 2])
     elif kind == "no rows":
-        import pandas as pd
-
         pd.DataFrame(rows).iloc[:0].to_parquet(folder / "train.parquet")
         return folder, "train.parquet: no such folder, an empty or unreadable file"
     return folder, str(folder / "train.")
@@ -213,7 +220,8 @@ KINDS = [
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name, flag", [
-    ("sft", "--query_dataset"), ("reward", "--query_dataset"), ("reward", "--label_dataset"), ("ppo", "--query_dataset"),
+    ("sft", "--query_dataset"), ("reward", "--query_dataset"), ("reward", "--label_dataset"),
+    ("ppo", "--query_dataset"),
 ])  # fmt: skip
 def test_data_that_cannot_be_read(refused, name, flag, kind, tmp_path):
     rows = make_pairs(5, 0) if flag == "--label_dataset" else make_posts(5, 0)
@@ -297,7 +305,7 @@ def test_a_missing_evaluation_split(refused, name, data, tmp_path):
     assert "--query_dataset" in line and "no validation.parquet" in line
 
 
-# ---- Models ------------------------------------------------------------------------------------------------------------
+# ---- Models ----------------------------------------------------------------------------------------------------------
 
 MODEL_FLAGS = [
     ("sft", "--base_model"), ("reward", "--sft_model_path"), ("reward", "--reward_model_path"),
@@ -389,7 +397,7 @@ def test_a_base_model_that_contradicts_the_folder(refused, name, base_models, tm
     assert "hidden_size is 64 there and 32 here" in line
 
 
-# ---- As a user sees it -------------------------------------------------------------------------------------------------
+# ---- As a user sees it -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name, change", [

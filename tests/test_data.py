@@ -6,6 +6,7 @@ cannot be used. On synthetic text, and on real posts and comparisons where TLDR_
 import os
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 from conftest import EOS, make_pairs, make_posts, make_tokenizer, write_rows
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -75,7 +76,7 @@ def expected_query(row, tokenizer, max_query, bos=0):
 POST = {"id": "x1", "subreddit": "AskReddit", "title": "a b", "post": "one\ntwo", "summary": "short text"}
 
 
-# ---- Posts -------------------------------------------------------------------------------------------------------------
+# ---- Posts -----------------------------------------------------------------------------------------------------------
 
 
 def test_query_format_is_exact(tokenizer):
@@ -243,7 +244,7 @@ def test_the_cache_is_not_stale(tokenizer, bos_tokenizer, tmp_path, accelerator)
     assert load()["id"][:] == [row["id"] for row in make_posts(6, 9)]
 
 
-# ---- Comparisons -------------------------------------------------------------------------------------------------------
+# ---- Comparisons -----------------------------------------------------------------------------------------------------
 
 
 def test_comparisons_follow_the_choice(tokenizer):
@@ -281,7 +282,7 @@ def test_cnndm_truncation_counts_the_newline_that_is_stripped_later(tokenizer):
     for length, number in zip(lengths, (3, 2, 1)):
         chosen = compare([row], tokenizer, max_query=length)["chosen"][0]
         assert tokenizer.decode(chosen).startswith(query_with(number).strip() + " ")
-        assert tokenizer.decode(compare([row], tokenizer, max_query=length - 1)["chosen"][0]) != tokenizer.decode(chosen)
+        assert compare([row], tokenizer, max_query=length - 1)["chosen"][0] != chosen
 
 
 @pytest.mark.parametrize("max_query", [30, 45])
@@ -296,10 +297,6 @@ def test_comparisons_are_cut_by_the_same_rule(tokenizer, max_query):
         assert tokenizer.decode(result["chosen"][i]).startswith(query + " ")
         cut += row["info"]["post"] not in query
     assert cut > 3
-
-
-def changed(row, **change):
-    return row | change
 
 
 PAIR = make_pairs(1, 24)[0]
@@ -397,7 +394,7 @@ def test_cnndm_pairs_come_from_their_split_or_from_their_batches(tokenizer, tmp_
     assert found["c"][0]["id"][:] == [row["info"]["id"] for row in tldr] and found["c"][1] is None
 
 
-# ---- Real posts and comparisons ----------------------------------------------------------------------------------------
+# ---- Real posts and comparisons --------------------------------------------------------------------------------------
 
 
 @needs_real_data
@@ -411,8 +408,6 @@ def test_pythia_ids(pythia):
 @needs_real_data
 def test_real_posts(pythia, accelerator, capsys):
     """Detail 4's published maxima, and the truncation rule on every real post that is too long."""
-    import pandas as pd
-
     cut = 0
     for split in ("train", "validation", "test"):
         posts = sft.load_posts(f"{TLDR_DIR}/posts", split, pythia, (512, 53, 562), accelerator)
@@ -434,8 +429,6 @@ def test_real_posts(pythia, accelerator, capsys):
 
 @needs_real_data
 def test_real_posts_are_cut_at_lines_at_a_smaller_size_too(pythia):
-    import pandas as pd
-
     rows = pd.read_parquet(f"{TLDR_DIR}/posts/validation.parquet").to_dict("records")[:60]
     result = tokenize(rows, pythia, max_query=150)
     assert result["query"] == [expected_query(row, pythia, 150) or "" for row in rows]

@@ -42,7 +42,7 @@ def log_softmax(logits):
     return [x - total for x in logits]
 
 
-# ---- Advantages --------------------------------------------------------------------------------------------------------
+# ---- Advantages ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.7), (1.0, 1.0), (1.0, 0.0), (0.0, 0.5)])
@@ -187,7 +187,7 @@ def test_critic_that_starts_as_the_reward_model_has_no_error_at_the_end():
     assert advantages[0, 2] == pytest.approx(2.5 - 0.7)  # what EOS is worth, as the critic that has seen it says
 
 
-# ---- Losses ------------------------------------------------------------------------------------------------------------
+# ---- Losses ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cliprange", [0.2, 0.05])
@@ -294,7 +294,7 @@ def test_pairwise_losses():
         assert rejected.grad[i].item() == pytest.approx(-chosen.grad[i].item())
 
 
-# ---- Learning rates and optimizer --------------------------------------------------------------------------------------
+# ---- Learning rates and optimizer ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("warm_up", [0, 1, 5])
@@ -314,7 +314,7 @@ def test_learning_rate_factors(module, name, library, warm_up):
     assert getattr(module, name)(number, number, warm_up) == pytest.approx(0.0, abs=1e-12)  # it falls to 0
 
 
-# ---- The order of the data ---------------------------------------------------------------------------------------------
+# ---- The order of the data -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("module", [sft, reward, ppo])
@@ -387,7 +387,7 @@ def test_last_token_index():
         assert reward.last_token_index(torch.tensor([row]), PAD).item() == left + length - 1
 
 
-# ---- The tables of reward.py -------------------------------------------------------------------------------------------
+# ---- The tables of reward.py -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("wins, number", [(0, 5), (5, 5), (1, 3), (419, 675), (50, 100), (1, 1000)])
@@ -433,7 +433,7 @@ def test_calibration_rows():
     assert sum(row["n"] for row in rows) == 400 and next(found, None) is None
 
 
-# ---- Metrics -----------------------------------------------------------------------------------------------------------
+# ---- Metrics ---------------------------------------------------------------------------------------------------------
 
 
 def test_rollout_metrics():

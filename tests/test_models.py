@@ -83,7 +83,7 @@ def deviation(a, b):
     return (a - b).abs().max().item()
 
 
-# ---- Padding -----------------------------------------------------------------------------------------------------------
+# ---- Padding ---------------------------------------------------------------------------------------------------------
 
 
 def test_padding_changes_nothing(setup, policy):
@@ -139,7 +139,7 @@ def test_values_and_scores_under_left_padding(setup):
         assert outputs[i, queries.shape[1] + len(answer) - 1].item() == pytest.approx(expected, abs=1e-4)
 
 
-# ---- Sampling ----------------------------------------------------------------------------------------------------------
+# ---- Sampling --------------------------------------------------------------------------------------------------------
 
 
 def reference_sample(model, query, uniforms, temperature, tokenizer):
@@ -229,7 +229,7 @@ def test_generate_has_the_distribution_of_the_model(setup, policy):
     assert chisquare(observed, np.append(warmer[often], warmer[~often].sum())).pvalue < 1e-6
 
 
-# ---- Dropout, precision, loading ---------------------------------------------------------------------------------------
+# ---- Dropout, precision, loading -------------------------------------------------------------------------------------
 
 
 def two_forwards(model, ids):
@@ -395,7 +395,7 @@ def test_value_model_starts_with_the_offset_as_bias(setup):
     assert model.value_model.head.bias.requires_grad  # Detail 11: PPO trains the critic's
 
 
-# ---- Rollout and first update ------------------------------------------------------------------------------------------
+# ---- Rollout and first update ----------------------------------------------------------------------------------------
 
 
 def make_rollout(setup, accelerator, number=10, size=4, **flags):
@@ -519,7 +519,8 @@ def test_an_update_moves_policy_and_critic_and_nothing_else(setup, accelerator):
     stats = ppo.ppo_update(args, accelerator, model, optimizer, batch, tokenizer.pad_token_id, 0)
     for net in (reference, reward_model):
         assert all(p.grad is None for p in net.parameters())
-    assert all(torch.equal(x, y) for x, y in zip(frozen, [p for n in (reference, reward_model) for p in n.parameters()]))
+    still = [p for net in (reference, reward_model) for p in net.parameters()]
+    assert all(torch.equal(x, y) for x, y in zip(frozen, still, strict=True))
     moved = {name.split(".")[0] for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {"policy", "value_model"}
     assert model.value_model.head.bias.item() != before["value_model.head.bias"].item()
@@ -544,7 +545,7 @@ def test_offload_moves_the_frozen_models_only(setup, accelerator):
     assert moves[4:] == ["cuda:0"]
 
 
-# ---- Gradients ---------------------------------------------------------------------------------------------------------
+# ---- Gradients -------------------------------------------------------------------------------------------------------
 
 
 class Recorder:
@@ -687,7 +688,7 @@ def test_reward_gradient_is_that_of_the_whole_batch(setup, data, tmp_path):
     assert_same_gradients(found, expected, 1e-3)
 
 
-# ---- Scoring in reward.py ----------------------------------------------------------------------------------------------
+# ---- Scoring in reward.py --------------------------------------------------------------------------------------------
 
 
 def test_raw_scores_keep_the_order_whatever_the_batch_size(setup, accelerator):

@@ -6,7 +6,6 @@ every flag has an effect, that the same seed gives the same result, on one proce
 import dataclasses
 import functools
 import inspect
-import json
 import math
 import socket
 import sys
@@ -20,8 +19,16 @@ import pandas as pd
 import pytest
 import torch
 from conftest import (
-    CACHE, LENGTHS, ROOT, make_model_folder, make_pairs, make_posts, read_json, read_metrics, run_inside, run_script,
-    without_clock, write_rows,
+    LENGTHS,
+    ROOT,
+    make_pairs,
+    make_posts,
+    read_json,
+    read_metrics,
+    run_inside,
+    run_script,
+    without_clock,
+    write_rows,
 )  # fmt: skip
 from fake_hub import FakeHub
 from rouge_score.rouge_scorer import RougeScorer
@@ -91,7 +98,7 @@ def same_weights(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-# ---- What a run writes -------------------------------------------------------------------------------------------------
+# ---- What a run writes -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["sft", "reward", "ppo"])
@@ -273,7 +280,7 @@ def test_upload(chain):
     assert TOKEN not in chain.runs.ppo.stdout + chain.runs.ppo.stderr
 
 
-# ---- Runs within this process ------------------------------------------------------------------------------------------
+# ---- Runs within this process ----------------------------------------------------------------------------------------
 
 
 class Runs:
@@ -428,7 +435,7 @@ def test_micro_batches_change_no_result(ppo_runs, sft_runs, reward_runs, base_ru
             assert found == pytest.approx(expected, rel=2e-3, abs=2e-4)
 
 
-# ---- Every flag has an effect ------------------------------------------------------------------------------------------
+# ---- Every flag has an effect ----------------------------------------------------------------------------------------
 
 
 def column(run, name):
@@ -533,7 +540,8 @@ PPO_EFFECTS = {
     "offload": ([], lambda b, c: without_clock(b.metrics) == without_clock(c.metrics)
                 and same_weights(weights(b.dir), weights(c.dir))),  # and test_offload_moves_the_frozen_models_only
     "sft_model_path": (["BASE"], lambda b, c: column(b, "objective/entropy") != column(c, "objective/entropy")),
-    "reward_model_path": (["REWARD"], lambda b, c: column(b, "objective/rm_scores")[0] != column(c, "objective/rm_scores")[0]
+    "reward_model_path": (["REWARD"], lambda b, c:
+                          column(b, "objective/rm_scores")[0] != column(c, "objective/rm_scores")[0]
                           and column(b, "objective/entropy")[0] == column(c, "objective/entropy")[0]),
     "query_dataset": (["OTHER/posts"], lambda b, c: "50 of 50 rows" in c.out),
     "max_query_length": ([30], lambda b, c: max(x.width for x in c.calls) <= 30 < max(x.width for x in b.calls)),
@@ -649,7 +657,7 @@ def test_missing_eos_penalty_none_keeps_the_reward_models_score(ppo_runs):
     assert min(column(done, "val/eos_share")) < 1
 
 
-# ---- The optimizer -----------------------------------------------------------------------------------------------------
+# ---- The optimizer ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["sft", "reward", "ppo"])
@@ -690,7 +698,7 @@ def test_optimizer_is_pytorchs_adamw(name, request, monkeypatch):
     assert largest < 5e-7 and tensorflow > 1e-4
 
 
-# ---- Two processes -----------------------------------------------------------------------------------------------------
+# ---- Two processes ---------------------------------------------------------------------------------------------------
 
 
 def launch(script, *flags):
@@ -708,7 +716,8 @@ HALF = ("--local_micro_batch_size", 2)  # of 4: with two processes, the same glo
 
 
 def test_two_processes_sft(chain, tmp_path):
-    done = launch("sft.py", *chain.flags.sft, *HALF, "--total_episodes", 24, "--run_eval", "--output_dir", tmp_path / "o")
+    flags = (*chain.flags.sft, *HALF, "--total_episodes", 24, "--run_eval")
+    done = launch("sft.py", *flags, "--output_dir", tmp_path / "o")
     assert read_json(tmp_path / "o" / "args.json")["launch"].startswith("2 x cpu")
     assert done.stdout.count("3 updates of 8 rows") == 1  # said once
     two, one = read_metrics(tmp_path / "o"), run_on_one(sft, chain.flags.sft, tmp_path, 24)
@@ -733,7 +742,8 @@ def close_weights(a, b):
 
 
 def test_two_processes_reward(chain, tmp_path):
-    launch("reward.py", *chain.flags.reward, *HALF, "--total_episodes", 24, "--run_eval", "--output_dir", tmp_path / "o")
+    flags = (*chain.flags.reward, *HALF, "--total_episodes", 24, "--run_eval")
+    launch("reward.py", *flags, "--output_dir", tmp_path / "o")
     metrics, one = read_metrics(tmp_path / "o"), run_on_one(reward, chain.flags.reward, tmp_path, 24)
     for found, expected in zip(without_clock(metrics), without_clock(one), strict=True):
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)

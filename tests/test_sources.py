@@ -49,7 +49,8 @@ def test_scripts_stand_alone():
         for node in ast.walk(ast.parse(source)):
             imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             imported += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not {module.split(".")[0] for module in imported} & {"sft", "reward", "ppo", "eval_judge", "benchmark"}
+            own = {"sft", "reward", "ppo", "eval_judge", "benchmark"}
+            assert not {module.split(".")[0] for module in imported} & own
             assert not (isinstance(node, ast.ImportFrom) and node.level), name
 
 
@@ -84,9 +85,7 @@ def test_what_must_not_occur(name):
     for word in ("trust_remote_code", "pickle", "TODO", "FIXME", "XXX", "torch.load", "torch.save", "eval(", "exec("):
         found = [line for line in SOURCES[name].splitlines() if word in line and ".eval(" not in line]
         assert not found, found
-    assert "global " not in re.sub(r"(a|the|whole|one) global", "", SOURCES[name].split('"""', 2)[2]) or not [
-        node for node in ast.walk(ast.parse(SOURCES[name])) if isinstance(node, ast.Global)
-    ]
+    assert not [node for node in ast.walk(ast.parse(SOURCES[name])) if isinstance(node, ast.Global)]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -96,7 +95,6 @@ def test_every_definition_is_used_and_documented(name):
         assert len(re.findall(rf"\b{function}\b", SOURCES[name])) > 1, f"{function} is never used"
         assert ast.get_docstring(ast.parse(source).body[0]) or function in ("main", "Args", "PolicyAndValue"), function
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    used |= {node.value.id for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)}
     for node in tree.body:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             for alias in node.names:
