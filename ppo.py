@@ -161,8 +161,6 @@ PAPER_BATCH_SIZE = 512
 INVALID_LOGPROB = 1.0  # stands where there is no token: no logprob is positive, and equal fillers cancel in every ratio
 
 # ---- Small helpers: errors, files, flags -----------------------------------------------------------------------------
-
-
 def fail(message: str):
     """End the run with one clear line on stderr and exit code 2: for mistakes of the user, not of the program."""
     if os.environ.get("RANK", "0") == "0":  # under several processes, say it once
@@ -219,8 +217,6 @@ def start_accelerator(args) -> Accelerator:
 
 
 # ---- Data: raw posts -> queries as token ids -------------------------------------------------------------------------
-
-
 def load_split(source: str, split: str, columns: list[str], flag: str, optional: tuple = ()):
     """
     One split of a folder (SPLIT.parquet or SPLIT.jsonl) or of a data set on the hub, as a `datasets.Dataset` with
@@ -381,8 +377,6 @@ def pad_rows(rows: list, pad_token_id: int, side: str, device) -> torch.Tensor:
 
 
 # ---- Models ----------------------------------------------------------------------------------------------------------
-
-
 def model_folder(path: str) -> str:
     """`path`, or its subfolder model/ if `path` is the output folder of a run."""
     inside = os.path.join(path, "model")  # so that --sft_model_path takes the --output_dir of sft.py
@@ -564,8 +558,6 @@ def move_frozen(networks, args, accelerator: Accelerator, device):
 
 
 # ---- The mathematics of PPO ------------------------------------------------------------------------------------------
-
-
 def linear_factor(update: int, num_updates: int, warm_up_steps: int) -> float:
     """Learning rate of update 0, 1, ... as a share of its peak: a linear rise over the warm-up, then a line to 0."""
     if update < warm_up_steps:
@@ -683,8 +675,6 @@ def value_loss(values, old_values, returns, cliprange_value: float):
 
 
 # ---- Rollout: sample responses, and all that training needs to know of them ------------------------------------------
-
-
 @torch.no_grad()
 def generate(model, queries: torch.Tensor, response_length: int, temperature: float, tokenizer, generator):
     """
@@ -798,8 +788,6 @@ def share_rollout(batch: dict, pad_token_id: int, accelerator: Accelerator) -> d
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------
-
-
 def micro_batch_losses(args, model, batch: dict, rows: np.ndarray, pad: int) -> dict:
     """Losses and statistics of some rows of the global batch, as SUMS over their valid tokens, to be divided later."""
     part = {name: value[rows] for name, value in batch.items()}
@@ -936,18 +924,17 @@ def train(args, accelerator: Accelerator, networks, optimizer, posts, batch_size
 
 
 # ---- Records and evaluation ------------------------------------------------------------------------------------------
-
-
 def start_records(args, accelerator: Accelerator):
     """Claim the output folder: write args.json (flags, versions, commit, command) and start the tracker if asked."""
     if not accelerator.is_main_process:
         return  # one process writes, or files would be torn
     attempt(lambda: os.makedirs(args.output_dir, exist_ok=True), f"--output_dir {args.output_dir}: it cannot be made")
     here = os.path.dirname(os.path.abspath(__file__))
-    git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True)
+    git = ["git", "-C", here, "rev-parse", "HEAD"] if shutil.which("git") else ["true"]  # a copy without git has none
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     # What somebody needs who wants the same numbers again. No environment variables: they may hold keys.
     packages = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
-    record = {"args": asdict(args), "command": sys.argv, "seed": args.seed, "git_commit": git.stdout.strip() or None}
+    record = {"args": asdict(args), "command": sys.argv, "seed": args.seed, "git_commit": commit}
     record["versions"] = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
     record["launch"] = f"{accelerator.num_processes} x {accelerator.device.type}, {accelerator.distributed_type.value}"
     write_whole(os.path.join(args.output_dir, "args.json"), json.dumps(record, indent=2) + "\n")
@@ -1041,6 +1028,8 @@ def main():
     args = tyro.cli(Args, use_underscores=True, description=__doc__)
     may_be_zero = ("seed", "total_episodes", "warm_up_steps", "print_samples_every", "kl_coef", "vf_coef", "gamma")
     check_flags(args, may_be_zero + ("lam",), any_number=("missing_eos_penalty",))
+    if max(args.gamma, args.lam) > 1 or not math.isfinite(args.missing_eos_penalty or 0.0):
+        fail("--gamma and --lam must be between 0 and 1, and --missing_eos_penalty a finite number or None")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     accelerator = start_accelerator(args)

@@ -131,8 +131,6 @@ CNNDM_BATCHES = ("batch0_cnndm", "cnndm0", "cnndm2")  # the comparisons of news 
 MARGIN_EDGES = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, math.inf)  # of the calibration table
 
 # ---- Small helpers: errors, files, flags -----------------------------------------------------------------------------
-
-
 def fail(message: str):
     """End the run with one clear line on stderr and exit code 2: for mistakes of the user, not of the program."""
     if os.environ.get("RANK", "0") == "0":  # under several processes, say it once
@@ -189,8 +187,6 @@ def start_accelerator(args) -> Accelerator:
 
 
 # ---- Data: raw rows -> queries and responses as token ids ------------------------------------------------------------
-
-
 def load_split(source: str, split: str, columns: list[str], flag: str, optional: tuple = ()):
     """
     One split of a folder (SPLIT.parquet or SPLIT.jsonl) or of a data set on the hub, as a `datasets.Dataset` with
@@ -440,8 +436,6 @@ def pad_rows(rows: list, pad_token_id: int, side: str, device) -> torch.Tensor:
 
 
 # ---- Model -----------------------------------------------------------------------------------------------------------
-
-
 def model_folder(path: str) -> str:
     """`path`, or its subfolder model/ if `path` is the output folder of a run."""
     inside = os.path.join(path, "model")  # so that --sft_model_path takes the --output_dir of sft.py
@@ -565,8 +559,6 @@ def load_classifier(path: str, config, tokenizer, flag: str, new_head: bool):
 
 
 # ---- The mathematics -------------------------------------------------------------------------------------------------
-
-
 def cosine_factor(update: int, num_updates: int, warm_up_steps: int) -> float:
     """
     Learning rate of update 0, 1, ... as a share of its peak: a linear rise over the warm-up, then half a cosine to 0.
@@ -623,18 +615,17 @@ def calibration_rows(margins: np.ndarray) -> list[dict]:
 
 
 # ---- Records: flags, metrics, tables ---------------------------------------------------------------------------------
-
-
 def start_records(args, accelerator: Accelerator):
     """Claim the output folder: write args.json (flags, versions, commit, command) and start the tracker if asked."""
     if not accelerator.is_main_process:
         return  # one process writes, or files would be torn
     attempt(lambda: os.makedirs(args.output_dir, exist_ok=True), f"--output_dir {args.output_dir}: it cannot be made")
     here = os.path.dirname(os.path.abspath(__file__))
-    git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True)
+    git = ["git", "-C", here, "rev-parse", "HEAD"] if shutil.which("git") else ["true"]  # a copy without git has none
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     # What somebody needs who wants the same numbers again. No environment variables: they may hold keys.
     packages = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
-    record = {"args": asdict(args), "command": sys.argv, "seed": args.seed, "git_commit": git.stdout.strip() or None}
+    record = {"args": asdict(args), "command": sys.argv, "seed": args.seed, "git_commit": commit}
     record["versions"] = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
     record["launch"] = f"{accelerator.num_processes} x {accelerator.device.type}, {accelerator.distributed_type.value}"
     write_whole(os.path.join(args.output_dir, "args.json"), json.dumps(record, indent=2) + "\n")
@@ -681,8 +672,6 @@ def print_table(title: str, rows: list[dict]):
 
 
 # ---- Training and normalisation --------------------------------------------------------------------------------------
-
-
 def train(args, accelerator: Accelerator, model, optimizer, pairs, pad: int, num_updates: int):
     """The training loop: each update is one optimizer step over one global batch of pairs, and one line of metrics."""
     started = time.time()
@@ -756,8 +745,6 @@ def normalize(args, accelerator: Accelerator, model, posts, pad: int):
 
 
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
-
-
 def evaluate_pairs(args, accelerator: Accelerator, model, pairs, pad: int) -> pd.DataFrame:
     """The pairs with their scores: id, batch, confidence, policies, chosen_score, rejected_score, margin."""
     pairs = pairs.select(range(min(args.max_eval_rows or len(pairs), len(pairs))))

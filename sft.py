@@ -122,8 +122,6 @@ class Args:
 PAPER_BATCH_SIZE = 128
 
 # ---- Small helpers: errors, files, flags -----------------------------------------------------------------------------
-
-
 def fail(message: str):
     """End the run with one clear line on stderr and exit code 2: for mistakes of the user, not of the program."""
     if os.environ.get("RANK", "0") == "0":  # under several processes, say it once
@@ -180,8 +178,6 @@ def start_accelerator(args) -> Accelerator:
 
 
 # ---- Data: raw posts -> queries and responses as token ids -----------------------------------------------------------
-
-
 def load_split(source: str, split: str, columns: list[str], flag: str, optional: tuple = ()):
     """
     One split of a folder (SPLIT.parquet or SPLIT.jsonl) or of a data set on the hub, as a `datasets.Dataset` with
@@ -342,8 +338,6 @@ def pad_rows(rows: list, pad_token_id: int, side: str, device) -> torch.Tensor:
 
 
 # ---- Model -----------------------------------------------------------------------------------------------------------
-
-
 def model_folder(path: str) -> str:
     """`path`, or its subfolder model/ if `path` is the output folder of a run."""
     inside = os.path.join(path, "model")  # so that --sft_model_path takes the --output_dir of sft.py
@@ -433,8 +427,6 @@ def save_model(model, state_dict: dict, tokenizer, padding_side: str, output_dir
 
 
 # ---- The mathematics -------------------------------------------------------------------------------------------------
-
-
 def cosine_factor(update: int, num_updates: int, warm_up_steps: int) -> float:
     """
     Learning rate of update 0, 1, ... as a share of its peak: a linear rise over the warm-up, then half a cosine to 0.
@@ -512,18 +504,17 @@ def generate(model, queries: torch.Tensor, response_length: int, temperature: fl
 
 
 # ---- Records: flags, metrics, tables ---------------------------------------------------------------------------------
-
-
 def start_records(args, accelerator: Accelerator):
     """Claim the output folder: write args.json (flags, versions, commit, command) and start the tracker if asked."""
     if not accelerator.is_main_process:
         return  # one process writes, or files would be torn
     attempt(lambda: os.makedirs(args.output_dir, exist_ok=True), f"--output_dir {args.output_dir}: it cannot be made")
     here = os.path.dirname(os.path.abspath(__file__))
-    git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True)
+    git = ["git", "-C", here, "rev-parse", "HEAD"] if shutil.which("git") else ["true"]  # a copy without git has none
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     # What somebody needs who wants the same numbers again. No environment variables: they may hold keys.
     packages = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
-    record = {"args": asdict(args), "command": sys.argv, "seed": args.seed, "git_commit": git.stdout.strip() or None}
+    record = {"args": asdict(args), "command": sys.argv, "seed": args.seed, "git_commit": commit}
     record["versions"] = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
     record["launch"] = f"{accelerator.num_processes} x {accelerator.device.type}, {accelerator.distributed_type.value}"
     write_whole(os.path.join(args.output_dir, "args.json"), json.dumps(record, indent=2) + "\n")
@@ -574,8 +565,6 @@ def show_samples(samples: list[dict], title: str):
 
 
 # ---- Training and evaluation -----------------------------------------------------------------------------------------
-
-
 def summed_nll(args, accelerator: Accelerator, model, rows: dict, pad: int) -> torch.Tensor:
     """Forward pass over some rows: the sum of the loss over their target tokens, a scalar with gradient."""
     token_ids = pad_rows(rows["tokens"], pad, "right", accelerator.device)  # (B, T)
