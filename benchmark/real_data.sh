@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The pipeline on real data: OpenAI's TL;DR posts and comparisons, and SmolLM2-135M-Instruct as the base model.
 #
-#   TLDR_DIR=FOLDER bash benchmark/real_data.sh           # short: about 45 minutes on two cores
-#   TLDR_DIR=FOLDER SIZE=full bash benchmark/real_data.sh # all posts, all pairs, 20,000 episodes: for a GPU
+#   TLDR_DIR=FOLDER BF16=1 bash benchmark/real_data.sh      # short: about an hour on two cores
+#   TLDR_DIR=FOLDER SIZE=full bash benchmark/real_data.sh   # all posts, all pairs, 20,000 episodes: for a GPU
 #
 # TLDR_DIR holds posts/{train,validation,test}.parquet and comparisons/{train,validation,test}.parquet (README.md, "Data
 # formats"). A stage that is complete is not repeated. Everything lands in OUT (default runs/real/SIZE).
@@ -49,4 +49,4 @@ stage reward reward.py "${common[@]}" --sft_model_path "$OUT/sft" --label_datase
 stage ppo ppo.py "${common[@]}" --sft_model_path "$OUT/sft" --reward_model_path "$OUT/reward" $ppo \
   --local_micro_batch_size $micro --gradient_accumulation_steps $((batch / micro)) \
   --local_rollout_forward_batch_size 16 --print_samples_every 1 "${evaluate[@]}"
-echo "done: summary.json and logs in $OUT/{base,sft,reward,ppo}"
+python benchmark/real_table.py "$OUT" --output "$OUT/real.json" --command "TLDR_DIR=FOLDER BF16=${BF16:-0} SIZE=$SIZE bash benchmark/real_data.sh"

@@ -4,7 +4,7 @@ Gather what benchmark/real_data.sh wrote: a JSON file of all figures, and the ta
     python benchmark/real_table.py runs/real/short --output benchmark/results/real_short.json --command "BF16=1 bash ..."
 
 The file holds what the models wrote, by the id of the post, and none of the posts or references: the data are not ours
-to pass on.
+to pass on. For the same reason posts from which a response copies eight words in a row are left out.
 """
 
 import json
@@ -25,7 +25,7 @@ class Args:
     """the command that made it, for the record"""
     output: str = "benchmark/results/real_short.json"
     """file to write"""
-    samples: int = 8
+    samples: int = 4
     """responses per model to keep"""
 
 
@@ -37,11 +37,20 @@ def collect(folder: str, samples: int) -> dict:
             record[stage] = json.load(file)
     with open(os.path.join(folder, "ppo", "metrics.jsonl"), encoding="utf-8") as file:
         record["ppo_updates"] = [line for line in map(json.loads, file) if "objective/kl" in line]
-    record["responses"] = {}
+    tables = {}
     for stage in ("base", "sft", "ppo"):
-        table = pd.read_csv(os.path.join(folder, stage, "samples_validation.csv"), keep_default_na=False)
-        record["responses"][stage] = dict(zip(table.id[:samples], table.response[:samples]))
+        path = os.path.join(folder, stage, "samples_validation.csv")
+        tables[stage] = pd.read_csv(path, keep_default_na=False).set_index("id")
+    posts = tables["ppo"]["query"]
+    own = [post for post in posts.index if not any(copies(t.response[post], posts[post]) for t in tables.values())]
+    record["responses"] = {name: table.response[own[:samples]].to_dict() for name, table in tables.items()}
     return record
+
+
+def copies(response: str, post: str, words: int = 8) -> bool:
+    """Whether `words` or more words in a row of a response stand in the post as well."""
+    spoken = response.split()
+    return any(" ".join(spoken[i : i + words]) in " ".join(post.split()) for i in range(len(spoken) - words + 1))
 
 
 def markdown(record: dict) -> str:
