@@ -581,6 +581,7 @@ def wilson_interval(wins: float, number: int) -> tuple[float, float]:
     """95% Wilson score interval of a share of `wins` among `number` (Wilson 1927); (0, 1) where there is nothing."""
     if number == 0:
         return 0.0, 1.0
+    # Unlike the textbook interval, it is right for few pairs and for shares near 0 and 1, as small groups have them.
     z, share = 1.959964, wins / number
     centre, spread = share + z * z / (2 * number), z * math.sqrt(share * (1 - share) / number + (z / (2 * number)) ** 2)
     # The bounds never cut off the share itself: at 0 of n and n of n they equal it, but for rounding.
@@ -752,12 +753,13 @@ def evaluate_pairs(args, accelerator: Accelerator, model, pairs, pad: int) -> pd
     table = pd.DataFrame({name: pairs[name][:] for name in ("id", "batch", "confidence", "policies")})
     # All chosen ones, then all rejected ones; a difference of two scores does not depend on the offset.
     scores = raw_scores(args, accelerator, model, pairs["chosen"][:] + pairs["rejected"][:], pad) - offset
-    table["chosen_score"], table["rejected_score"] = np.split(scores, 2)
+    table["chosen_score"], table["rejected_score"] = np.split(scores, 2)  # (pairs,) each
     return table.assign(margin=table.chosen_score - table.rejected_score)
 
 
 def describe(scores: np.ndarray) -> dict:
     """Mean, standard deviation and quantiles of some scores."""
+    # Quantiles besides mean and spread: a few very low scores are what PPO's policy meets first.
     quantiles = {f"q{q:02d}": float(np.quantile(scores, q / 100)) for q in (5, 25, 50, 75, 95)}
     return {"n": len(scores), "mean": float(scores.mean()), "std": float(scores.std())} | quantiles
 
@@ -771,6 +773,7 @@ def draw_evaluation(calibration: list[dict], raw: np.ndarray, offset: float, tit
     margins = np.array([row["margin"] for row in calibration])
     accuracy, low, high = [np.array([row[name] for row in calibration]) for name in ("accuracy", "low", "high")]
     line = np.linspace(0, max(1.0, margins.max() * 1.05), 100)
+    # The dashed line is where the model would be if its scores were probabilities that hold.
     left.plot(line, 1 / (1 + np.exp(-line)), "--", color="grey", label="perfectly calibrated: sigmoid(margin)")
     label = f"measured, 95% interval ({sum(row['n'] for row in calibration):,} pairs)"
     left.errorbar(margins, accuracy, yerr=[accuracy - low, high - accuracy], fmt="o", capsize=3, label=label)
@@ -805,6 +808,7 @@ def evaluate(args, accelerator: Accelerator, model, pairs, cnndm, posts, pad: in
     # Detail 16 (accuracy): overall, by batch, by the confidence of the label, by pair of policies.
     # Detail 17 (out of distribution): the same, unchanged, on news articles.
     # Detail 19 (calibration): published models claim more than they keep, at every margin.
+    # Groups of a handful of pairs say nothing alone: each row of a table has its interval and its n.
     groups = {"batch": table.batch, "confidence": table.confidence, "policy pair": table.policies}
     report = {f"accuracy by {name}": accuracy_rows(table.margin, group) for name, group in groups.items()}
     report["accuracy on CNN/DM by batch"] = accuracy_rows(news.margin, news.batch)
@@ -819,9 +823,11 @@ def evaluate(args, accelerator: Accelerator, model, pairs, cnndm, posts, pad: in
     draw_evaluation(report["calibration"], raw, offset, title, f"{stem}.png")
     write_whole(f"{stem}.json", json.dumps(report, indent=2) + "\n")
     write_whole(f"{args.output_dir}/pairs_{args.eval_split}.csv", table.to_csv(index=False))
+    # The main figures; everything else is in the tables.
     low, high = wilson_interval(int((table.margin > 0).sum()), len(table))
     results = {"eval/pairs": len(table), "eval/accuracy": float((table.margin > 0).mean())}
     results |= {"eval/accuracy_low": low, "eval/accuracy_high": high}
+    # log(1 + exp(-margin)) is -log sigmoid(margin), without overflow.
     results["eval/loss"] = float(np.logaddexp(0, -table.margin).mean())
     if len(news):
         results |= {"eval/pairs_cnndm": len(news), "eval/accuracy_cnndm": float((news.margin > 0).mean())}
@@ -832,7 +838,7 @@ def evaluate(args, accelerator: Accelerator, model, pairs, cnndm, posts, pad: in
 
 def load_evaluation(args, config, tokenizer, accelerator: Accelerator):
     """The TL;DR pairs, CNN/DM pairs (None if there are none) and posts of the evaluation split."""
-    limits = (args.max_query_length, args.max_response_length, args.max_query_response_length)
+    limits = post_limits(args)
     # News articles are long: whatever the flags say, a row longer than the model's positions is left out.
     positions = getattr(config, "max_position_embeddings", None) or math.inf
     longest = min(args.max_cnndm_query_response_length, positions)
