@@ -11,9 +11,10 @@ of PPO on those samples. Four networks take part:
     reward model   is the reward model            frozen     scores a finished summary
 
 How to run
-    accelerate launch ppo.py                                              # the paper's setting, for 8 GPUs
+    accelerate launch --config_file benchmark/accelerate/deepspeed_zero2.yaml ppo.py --bf16     # the paper's, 8 GPUs
     python ppo.py --sft_model_path FOLDER --reward_model_path FOLDER --query_dataset FOLDER --total_episodes 4096
     python ppo.py --sft_model_path FOLDER --reward_model_path FOLDER --total_episodes 0 --run_eval   # only evaluate
+To evaluate a trained policy, name its folder as --sft_model_path (it is its own reference then: eval/kl is 0).
 It writes, in --output_dir: model/ (the policy: safetensors, config, tokenizer), metrics.jsonl, args.json, summary.json
 and, with --run_eval, samples_<split>.csv.
 
@@ -28,7 +29,8 @@ Where it differs from the code of the paper (arXiv 2403.17031), on purpose
     5. While sampling, rows that have ended leave the batch. What they would have sampled is never read.
 
 Tags such as "Detail 23" or "Detail T" lead to the table of details in the README. Letters in shape comments: B rows,
-T tokens of a padded row, Q query tokens, R response tokens (R' after trimming to the longest), V vocabulary.
+T tokens of a padded row, Q query tokens, R response tokens (R' after trimming to the longest), V vocabulary; they have
+nothing to do with the letters of details.
 """
 
 import json
@@ -70,7 +72,8 @@ class Args:
     output_dir: str = "models/ppo"
     """folder that receives the policy, the metrics and the samples; it must not hold another run"""
     bf16: bool = False
-    """compute in bfloat16 (autocast; parameters stay fp32); must agree with the launcher's --mixed_precision"""
+    """compute in bfloat16 (autocast over fp32 parameters; DeepSpeed: bf16 with fp32 masters); must agree with the
+    launcher's --mixed_precision"""
     offload: bool = False
     """keep reference policy and reward model in CPU memory (DeepSpeed: by ZeRO-3 parameter offload; otherwise: moved to
     the device for scoring and back); changes nothing where the policy itself is on the CPU"""
@@ -103,7 +106,7 @@ class Args:
     """rows per generation and scoring pass and process; capped to the rows that a process has in a batch"""
     # ---- PPO ----
     lr: float = 3e-6
-    """learning rate of AdamW at the first update; it falls to 0 along a line"""
+    """peak learning rate of AdamW; it falls to 0 along a line"""
     eps: float = 1e-5
     """epsilon of AdamW"""
     warm_up_steps: int = 0
@@ -123,7 +126,7 @@ class Args:
     lam: float = 0.95
     """lambda of generalized advantage estimation"""
     whiten_rewards: bool = False
-    """divide the rewards of a batch by their standard deviation (without shifting their mean)"""
+    """scale the deviations of a batch's rewards from their mean to standard deviation 1; the mean stays"""
     missing_eos_penalty: Optional[float] = -1.0
     """score of a response without EOS, INSTEAD of the reward model's; None keeps the reward model's"""
     # ---- Sampling ----
@@ -213,6 +216,7 @@ def start_accelerator(args) -> Accelerator:
     if accelerator.state.deepspeed_plugin is not None:  # DeepSpeed asks for it where there is no data loader to read
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"] = args.local_micro_batch_size
+        config["gradient_clipping"] = 0.0  # accelerate would fill in 1.0; nothing is clipped in any stage
     return accelerator
 
 
@@ -595,9 +599,9 @@ def response_masks(responses: torch.Tensor, pad_token_id: int):
 
 def final_scores(scores: torch.Tensor, responses: torch.Tensor, eos_token_id: int, penalty: Optional[float]):
     """The reward model's scores (B,), with those of responses (B, R) without EOS replaced by `penalty`."""
-    # Detail 23 (EOS trick): sample the full length, replace what follows the first EOS by [PAD] (`generate` does both),
-    # and give a response without EOS a fixed bad score INSTEAD of what the reward model makes of its last token.
-    # Without that nothing teaches the policy to stop in time.
+    # Detail 23 (EOS trick): sample the full length and replace what follows the first EOS by [PAD] (`generate` does the
+    # same by letting ended rows go), and give a response without EOS a fixed bad score INSTEAD of what the reward model
+    # makes of its last token. Without that little teaches the policy to stop in time.
     ended = (responses == eos_token_id).any(1)
     return scores if penalty is None else torch.where(ended, scores, torch.full_like(scores, penalty))
 
@@ -630,8 +634,8 @@ def whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) ->
 
 def gae(rewards: torch.Tensor, values: torch.Tensor, gamma: float, lam: float):
     """
-    Generalized advantage estimation (arXiv 1506.02438): rewards and values (B, R), 0 after the end -> advantages and
-    returns (B, R).
+    Generalized advantage estimation (arXiv 1506.02438): rewards and values (B, R), 0 from two after the last token on,
+    to advantages and returns (B, R). values[:, t] is the value model's output at the token BEFORE response token t.
         delta_t = r_t + gamma V_{t+1} - V_t          advantage_t = delta_t + gamma lambda advantage_{t+1}
     """
     advantages, lastgaelam = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
@@ -735,8 +739,9 @@ def score_responses(args, accelerator: Accelerator, networks, queries: torch.Ten
         return F.pad(rows[:, :full], (0, max(0, full - rows.shape[1]))).masked_fill(mask, fill)
 
     with accelerator.autocast():
-        # Detail P (old logprobs): from a full forward pass, the computation that training makes too, not from sampling:
-        # the KV cache rounds differently (in bf16 the first ratios would scatter by 0.05 instead of being 1).
+        # Detail P (old logprobs): from a full forward pass, the computation that training makes too, not from sampling,
+        # whose KV cache rounds differently. The first ratios are 1 to 5e-6 in fp32. In bf16 they are on average only:
+        # the batches of training have other shapes, and so round differently.
         logits, values = accelerator.unwrap_model(model)(query_responses, width)
         logprobs = token_logprobs(logits, tokens, args.temperature)  # (B, R')
         ref_logits = response_logits(reference, query_responses, width, pad)  # (B, R', V)
@@ -757,8 +762,8 @@ def rollout(args, accelerator: Accelerator, networks, query_tokens: list, temper
     tokenizer, policy = networks[-1], accelerator.unwrap_model(networks[0]).policy
     pad, width = tokenizer.pad_token_id, max(len(ids) for ids in query_tokens)  # Q
     move_frozen(networks, args, accelerator, accelerator.device)
-    # Every process samples with a seed of its own (while all share the order of the data), and anew for every key, so
-    # that a run can go on from any update without a stored random state.
+    # Every process samples with a seed of its own (while all share the order of the data), and anew for every key: what
+    # is sampled in an update depends on seed, process and update alone, not on what ran before.
     seeds = np.random.SeedSequence([args.seed + 100003 * accelerator.process_index, key])
     generator = torch.Generator(accelerator.device).manual_seed(int(seeds.generate_state(1)[0]))
     order = np.argsort([-len(ids) for ids in query_tokens], kind="stable")  # similar lengths together: little padding

@@ -6,7 +6,7 @@ its head replaced by a scalar output, read at the EOS of a summary; it is traine
 higher (Bradley-Terry). In the end the scores are shifted so that a human-written summary scores 0 on average.
 
 How to run
-    accelerate launch reward.py                                        # the paper's setting, for 8 GPUs
+    accelerate launch --config_file benchmark/accelerate/deepspeed_zero2.yaml reward.py --bf16   # the paper's, 8 GPUs
     python reward.py --sft_model_path FOLDER --label_dataset FOLDER --query_dataset FOLDER     # local folders
     python reward.py --sft_model_path FOLDER --reward_model_path FOLDER --total_episodes 0 --run_eval   # only evaluate
 It writes, in --output_dir: model/ (a sequence classifier with one label: safetensors, config, tokenizer),
@@ -62,7 +62,8 @@ class Args:
     output_dir: str = "models/reward"
     """folder that receives the model, the metrics and the evaluation; it must not hold another run"""
     bf16: bool = False
-    """compute in bfloat16 (autocast; parameters stay fp32); must agree with the launcher's --mixed_precision"""
+    """compute in bfloat16 (autocast over fp32 parameters; DeepSpeed: bf16 with fp32 masters); must agree with the
+    launcher's --mixed_precision"""
     # ---- Model and data ----
     base_model: Optional[str] = None
     """hub id or folder that gives config and tokenizer where the SFT folder has none; must not contradict the folder"""
@@ -183,6 +184,7 @@ def start_accelerator(args) -> Accelerator:
     if accelerator.state.deepspeed_plugin is not None:  # DeepSpeed asks for it where there is no data loader to read
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"] = args.local_micro_batch_size
+        config["gradient_clipping"] = 0.0  # accelerate would fill in 1.0; nothing is clipped in any stage
     return accelerator
 
 

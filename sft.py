@@ -6,7 +6,7 @@ in "TL;DR:", the summary is appended as the response, and the model is trained t
 is the policy that PPO starts from, the reference policy of PPO's KL penalty, and the body of the reward model.
 
 How to run
-    accelerate launch sft.py                                          # Pythia 1B and the paper's data, from the hub
+    accelerate launch --config_file benchmark/accelerate/deepspeed_zero2.yaml sft.py --bf16     # the paper's, 8 GPUs
     python sft.py --base_model FOLDER --query_dataset FOLDER          # local folders, one process, CPU or GPU
     python sft.py --base_model FOLDER --total_episodes 0 --run_eval   # only evaluate
 
@@ -62,7 +62,8 @@ class Args:
     output_dir: str = "models/sft"
     """folder that receives the model, the metrics and the samples; it must not hold another run"""
     bf16: bool = False
-    """compute in bfloat16 (autocast; parameters stay fp32); must agree with the launcher's --mixed_precision"""
+    """compute in bfloat16 (autocast over fp32 parameters; DeepSpeed: bf16 with fp32 masters); must agree with the
+    launcher's --mixed_precision"""
     # ---- Model and data ----
     base_model: str = "EleutherAI/pythia-1b-deduped"
     """hub id or folder of the causal language model to fine-tune"""
@@ -174,6 +175,7 @@ def start_accelerator(args) -> Accelerator:
     if accelerator.state.deepspeed_plugin is not None:  # DeepSpeed asks for it where there is no data loader to read
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"] = args.local_micro_batch_size
+        config["gradient_clipping"] = 0.0  # accelerate would fill in 1.0; nothing is clipped in any stage
     return accelerator
 
 

@@ -4,8 +4,8 @@
 #   bash benchmark/pythia.sh 1b                     # or 2.8b, or 6.9b; seed 44413
 #   SEED=55513 bash benchmark/pythia.sh 2.8b        # another of the paper's seeds: 44413 55513 66613 77713
 #
-# Models and data come from the hub. A stage that is complete is not repeated. The call of an LLM judge is printed at the
-# end and not run: it costs money and needs a key.
+# Models and data come from the hub. A stage that is complete is not repeated, one that was interrupted starts again. The
+# call of an LLM judge is printed at the end and not run: it costs money and needs a key.
 set -euo pipefail
 . "$(dirname "$0")/setup.sh"
 
@@ -27,6 +27,7 @@ esac
 stage() {
   local folder=$OUT/$1 micro=${2% *} accumulation=${2#* }
   if [ -e "$folder/summary.json" ]; then echo "== $1: already in $folder"; return; fi
+  rm -rf "${folder:?}"  # of a stage that was interrupted: it starts again
   accelerate launch --config_file benchmark/accelerate/deepspeed_zero2.yaml "${@:3}" --seed "$SEED" --bf16 --run_eval \
     --local_micro_batch_size "$micro" --gradient_accumulation_steps "$accumulation" --output_dir "$folder"
 }

@@ -5,8 +5,9 @@
 #   SEED=2 bash benchmark/quickstart.sh          # another seed of the training; OUT=FOLDER names another folder
 #   SIZE=smoke bash benchmark/quickstart.sh      # an easier world and a third of the data: about two minutes, for tests
 #
-# Ends with a table and report.png. A stage that is complete is not repeated; one that was interrupted starts again.
-# The settings differ from the paper's in a few flags, which `tiny` below lists; README.md says why.
+# Ends with a table and $OUT/judge/report.png. A stage that is complete is not repeated; one that was interrupted starts
+# again. SPLIT=validation evaluates on the other split (give it an OUT of its own); WORLD=FOLDER names the world's folder.
+# The settings differ from the paper's in some flags, set below; benchmark/README.md says which and why.
 set -euo pipefail
 . "$(dirname "$0")/setup.sh"
 
@@ -30,7 +31,8 @@ stage() {
   local name=$1 folder=$2 file=$3; shift 3
   if [ -e "$folder/$file" ]; then echo "== $name: already in $folder"; return; fi
   echo "== $name: log in $OUT/$name.log"
-  rm -rf "$folder"
+  # The world's generator never leaves half a folder, and the folder may be anybody's: it decides for itself.
+  [ "$name" = world ] || rm -rf "$folder"
   local start=$SECONDS
   # Progress bars go to the terminal, everything a reader may want later into the log.
   "$@" > "$OUT/$name.log" || { tail -n 5 "$OUT/$name.log"; echo "error: $name failed, see $OUT/$name.log" >&2; exit 1; }
@@ -56,7 +58,7 @@ judge() {
   rm -f "$OUT/judge.url"
   python benchmark/tiny_judge.py --env_dir "$WORLD" --port 0 > "$OUT/judge.url" & local server=$!
   trap "kill $server 2> /dev/null || true" RETURN EXIT
-  until grep -q http "$OUT/judge.url"; do kill -0 $server; sleep 0.2; done
+  until grep -q http "$OUT/judge.url"; do kill -0 $server 2> /dev/null || return 1; sleep 0.2; done
   local url; url=$(grep -o 'http[^ ]*' "$OUT/judge.url")
   python eval_judge.py --samples "$OUT/sft/samples_$SPLIT.csv" "$OUT/ppo/samples_$SPLIT.csv" --judge_base_url "$url" \
     --judge_model tiny-gold-1 --tokenizer "$OUT/sft/model" --output_dir "$OUT/judge"

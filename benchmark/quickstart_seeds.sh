@@ -2,7 +2,7 @@
 # The quickstart over several seeds, and its policies sampled at temperature 0.7 as well: the figures in
 # benchmark/results/quickstart.json and in the README.
 #
-#   bash benchmark/quickstart_seeds.sh                  # seeds 1 2 3, about 15 minutes on two cores; resumable
+#   bash benchmark/quickstart_seeds.sh                  # seeds 1 2 3, about four minutes per seed on two cores; resumable
 #   SEEDS="4 5" RESULTS=mine.json bash benchmark/quickstart_seeds.sh
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)

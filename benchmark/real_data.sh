@@ -2,7 +2,7 @@
 # The pipeline on real data: OpenAI's TL;DR posts and comparisons, and SmolLM2-135M-Instruct as the base model.
 #
 #   TLDR_DIR=FOLDER BF16=1 bash benchmark/real_data.sh      # short: about an hour on two cores
-#   TLDR_DIR=FOLDER SIZE=full bash benchmark/real_data.sh   # all posts, all pairs, 20,000 episodes: for a GPU
+#   TLDR_DIR=FOLDER SIZE=full bash benchmark/real_data.sh   # all posts, all pairs, 20,480 episodes: for a GPU
 #
 # TLDR_DIR holds posts/{train,validation,test}.parquet and comparisons/{train,validation,test}.parquet (README.md, "Data
 # formats"). A stage that is complete is not repeated. Everything lands in OUT (default runs/real/SIZE).
