@@ -150,9 +150,10 @@ Reminder {number}: your last reply could not be read. Its last line must be "Pre
 REFUSALS = ("context_length", "context length", "content_filter", "content_policy", "content management policy")
 
 
-def fail(message: str):
-    """End the run with one clear line on stderr and exit code 2: for mistakes of the user, not of the program."""
-    if os.environ.get("RANK", "0") == "0":  # under several processes, say it once
+def fail(message: str, everywhere: bool = False):
+    """End the run with one clear line on stderr and exit code 2: for what the user can mend, not for bugs."""
+    # What all processes find wrong is said once; what one of them meets alone (its memory), it says itself.
+    if everywhere or os.environ.get("RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)  # the code of a wrong call, as for a flag that does not exist
 

@@ -24,14 +24,20 @@ Tags such as "Detail 7" or "Detail S" lead to the table of details in the README
 Letters in shape comments: B rows of a batch, T tokens of a padded row, Q query tokens, R response tokens, V vocabulary.
 """
 
+import copy
+import glob
+import hashlib
 import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections import defaultdict
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Literal, Optional
@@ -43,11 +49,13 @@ import torch.nn.functional as F
 import transformers
 import tyro
 import wandb
-from accelerate import Accelerator, PartialState
-from accelerate.utils import gather_object
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import load_dataset
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCardData
 from rouge_score.rouge_scorer import RougeScorer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -60,7 +68,13 @@ class Args:
     seed: int = 44413
     """seed of the data order and of the evaluation samples (the paper's seeds: 44413 55513 66613 77713)"""
     output_dir: str = "models/sft"
-    """folder that receives the model, the metrics and the samples; it must not hold another run"""
+    """folder that receives the model, the metrics, the samples and checkpoints/; it must not hold another run"""
+    resume: bool = False
+    """go on with the run in --output_dir from its newest whole checkpoint; start afresh where there is none"""
+    save_every: int = 100
+    """write a checkpoint every so many updates and after the last; 0 writes one only when the run is told to stop"""
+    keep: int = 2
+    """how many checkpoints stay: the newest ones"""
     bf16: bool = False
     """compute in bfloat16 (autocast over fp32 parameters; DeepSpeed: bf16 with fp32 masters); must agree with the
     launcher's --mixed_precision"""
@@ -91,6 +105,8 @@ class Args:
     """rows per forward pass and process"""
     gradient_accumulation_steps: int = 1
     """forward passes per update; batch = micro-batch x accumulation x processes (the paper's batch is 128)"""
+    gradient_checkpointing: bool = False
+    """keep only each layer's input for the backward pass and compute the rest again: less memory, more time"""
     response_loss_only: bool = False
     """train on the response tokens only; the paper trains on query and response tokens"""
     # ---- Evaluation ----
@@ -120,12 +136,23 @@ class Args:
     hf_repo_id: Optional[str] = None
     """repository (user/name) that --push_to_hub uploads to"""
 
+
 PAPER_BATCH_SIZE = 128
+# What --resume may change. All other flags, and the batch they make, decide what a run computes.
+MAY_CHANGE = """exp_name output_dir resume save_every keep local_micro_batch_size gradient_accumulation_steps
+    gradient_checkpointing run_eval eval_split max_eval_rows local_eval_batch_size print_samples_every track
+    wandb_project_name wandb_entity push_to_hub hf_repo_id""".split()
+# What to lower where the memory does not suffice.
+MEMORY_FLAGS = (
+    "--local_micro_batch_size (raising --gradient_accumulation_steps as much changes no result), "
+    "--local_eval_batch_size in the evaluation, or pass --gradient_checkpointing"
+)
 
 # ---- Small helpers: errors, files, flags -----------------------------------------------------------------------------
-def fail(message: str):
-    """End the run with one clear line on stderr and exit code 2: for mistakes of the user, not of the program."""
-    if os.environ.get("RANK", "0") == "0":  # under several processes, say it once
+def fail(message: str, everywhere: bool = False):
+    """End the run with one clear line on stderr and exit code 2: for what the user can mend, not for bugs."""
+    # What all processes find wrong is said once; what one of them meets alone (its memory), it says itself.
+    if everywhere or os.environ.get("RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)  # the code of a wrong call, as for a flag that does not exist
 
@@ -149,7 +176,7 @@ def write_whole(path: str, text: str):
 
 
 def check_flags(args, may_be_zero: tuple, any_number: tuple = ()):
-    """Refuse numbers that make no sense, by the name of their flag, and an output folder that is taken."""
+    """Refuse numbers that make no sense, by the name of their flag."""
     for name, value in vars(args).items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or name in any_number:
             continue
@@ -157,9 +184,19 @@ def check_flags(args, may_be_zero: tuple, any_number: tuple = ()):
             fail(f"--{name} is {value}: it must be {'0 or more' if name in may_be_zero else 'greater than 0'}")
     if args.push_to_hub and not args.hf_repo_id:
         fail("--push_to_hub needs --hf_repo_id, the repository (user/name) to upload to")
-    for name in ("args.json", "metrics.jsonl", "model", "summary.json"):
-        if os.path.exists(os.path.join(args.output_dir, name)):
-            fail(f"--output_dir {args.output_dir} holds another run ({name}): name another folder or remove it first")
+
+
+@contextmanager
+def explain_out_of_memory():
+    """Where the memory does not suffice, end in one line that names the flags to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch has a class of its own for the GPU's, a text for the CPU's
+        known = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+        if not known:
+            raise
+        first_line = str(error).strip().partition("\n")[0][:200]
+        fail(f"out of memory ({first_line}): lower {MEMORY_FLAGS}", everywhere=True)
 
 
 def start_accelerator(args) -> Accelerator:
@@ -169,14 +206,21 @@ def start_accelerator(args) -> Accelerator:
     if launched != precision:  # two switches that disagree would train in a precision that somebody did not ask for
         wanted = "pass --bf16" if launched == "bf16" else f"launch with --mixed_precision {precision}"
         fail(f"the launcher's mixed precision is {launched}, the script's is {precision} (--bf16): {wanted}")
-    if os.environ.get("DS_ACCELERATOR") == "cpu":
-        PartialState(cpu=True)  # DeepSpeed on CPU: makes gloo the backend before the Accelerator chooses one
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available():
+        PartialState(cpu=True)  # CPUs speak to each other through gloo; accelerate alone would not think of it
     accelerator = Accelerator(gradient_accumulation_steps=args.gradient_accumulation_steps, mixed_precision=precision)
-    if accelerator.state.deepspeed_plugin is not None:  # DeepSpeed asks for it where there is no data loader to read
-        config = accelerator.state.deepspeed_plugin.deepspeed_config
-        config["train_micro_batch_size_per_gpu"] = args.local_micro_batch_size
-        config["gradient_clipping"] = 0.0  # accelerate would fill in 1.0; nothing is clipped in any stage
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.local_micro_batch_size  # it has no data loader
+        plugin.deepspeed_config["gradient_clipping"] = 0.0  # accelerate would fill in 1.0; no stage clips anything
+        plugin.dschf = None  # or transformers would spread a model while it loads it; here that is for `prepare` alone
     return accelerator
+
+
+def zero_stage(accelerator: Accelerator) -> int:
+    """The stage of DeepSpeed's ZeRO: 2 spreads gradients and optimizer over the processes, 3 parameters too; or 0."""
+    plugin = accelerator.state.deepspeed_plugin
+    return 0 if plugin is None else plugin.zero_stage
 
 
 # ---- Data: raw posts -> queries and responses as token ids -----------------------------------------------------------
@@ -418,14 +462,19 @@ def model_inputs(token_ids: torch.Tensor, pad_token_id: int) -> dict:
     return dict(input_ids=input_ids, attention_mask=attention_mask.long(), position_ids=position_ids)
 
 
-def save_model(model, state_dict: dict, tokenizer, padding_side: str, output_dir: str):
+def save_model(model, weights: dict, tokenizer, padding_side: str, output_dir: str):
     """Write OUTPUT_DIR/model (safetensors, config, tokenizer), complete in itself, whole or not at all."""
     temporary, final = os.path.join(output_dir, "model.tmp"), os.path.join(output_dir, "model")
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed while saving
-    model.save_pretrained(temporary, state_dict=state_dict)
-    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = padding_side  # saved only if it is in both
-    tokenizer.save_pretrained(temporary)
-    os.rename(temporary, final)
+    try:
+        model.save_pretrained(temporary, state_dict=weights)
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = padding_side  # saved only if it is in both
+        tokenizer.save_pretrained(temporary)
+        shutil.rmtree(final, ignore_errors=True)  # the same model, saved by a run that was killed after that
+        os.rename(temporary, final)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)  # gives its room back
+        fail(f"{final} cannot be written ({error}): make room or mend the folder, then go on with --resume")
 
 
 # ---- The mathematics -------------------------------------------------------------------------------------------------
@@ -506,43 +555,63 @@ def generate(model, queries: torch.Tensor, response_length: int, temperature: fl
 
 
 # ---- Records: flags, metrics, tables ---------------------------------------------------------------------------------
-def start_records(args, accelerator: Accelerator):
+def start_records(args, accelerator: Accelerator, run: dict, checkpoint: dict, batch_size: int):
     """Claim the output folder: write args.json (flags, versions, commit, command) and start the tracker if asked."""
     if not accelerator.is_main_process:
         return  # one process writes, or files would be torn
     attempt(lambda: os.makedirs(args.output_dir, exist_ok=True), f"--output_dir {args.output_dir}: it cannot be made")
+    if run and os.path.exists(f"{args.output_dir}/metrics.jsonl"):  # what follows the checkpoint is logged again
+        os.truncate(f"{args.output_dir}/metrics.jsonl", checkpoint.get("metrics_bytes", 0))
     here = os.path.dirname(os.path.abspath(__file__))
     git = ["git", "-C", here, "rev-parse", "HEAD"] if shutil.which("git") else ["true"]  # a copy without git has none
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     # What somebody needs who wants the same numbers again. No environment variables: they may hold keys.
     packages = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
-    record = {"args": asdict(args), "command": sys.argv, "seed": args.seed, "git_commit": commit}
+    run_id = run.get("run_id", uuid.uuid4().hex[:12])  # ties checkpoints, and the tracker's record, to this run
+    record = {"run_id": run_id, "script": os.path.basename(__file__), "args": asdict(args), "command": sys.argv}
+    record |= {"seed": args.seed, "batch_size": batch_size, "git_commit": commit}
+    record["resumed_after_updates"] = run.get("resumed_after_updates", []) + [checkpoint.get("update", 0)] * bool(run)
     record["versions"] = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
     record["launch"] = f"{accelerator.num_processes} x {accelerator.device.type}, {accelerator.distributed_type.value}"
-    write_whole(os.path.join(args.output_dir, "args.json"), json.dumps(record, indent=2) + "\n")
+    path = os.path.join(args.output_dir, "args.json")
+    attempt(lambda: write_whole(path, json.dumps(record, indent=2) + "\n"), f"{path} cannot be written")
     if args.track:
-        name = f"{args.exp_name}__{args.seed}"
-        project, entity = args.wandb_project_name, args.wandb_entity
-        wandb.init(project=project, entity=entity, name=name, config=record, dir=args.output_dir)
+        where = dict(project=args.wandb_project_name, entity=args.wandb_entity, dir=args.output_dir)
+        wandb.init(id=run_id, resume="allow", name=f"{args.exp_name}__{args.seed}", config=record, **where)
+
+
+def check_finite(metrics: dict, where: str):
+    """End the run at once if a loss, a reward or a gradient is not finite: no later checkpoint could be good."""
+    broken = [f"{name} is {v}" for name, v in metrics.items() if isinstance(v, float) and not math.isfinite(v)]
+    if broken:
+        fail(f"{', '.join(broken)} at {where}: lower --lr, or find the row that does this; older checkpoints are good")
 
 
 def log_metrics(metrics: dict, args, accelerator: Accelerator):
     """Append one flat line to metrics.jsonl (and to the tracker). A number that is not finite ends the run here."""
-    broken = [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
-    if broken:
-        raise FloatingPointError(f"{', '.join(broken)} is not finite at episode {metrics['episode']}: {metrics}")
-    if accelerator.is_main_process:
+    check_finite(metrics, f"episode {metrics['episode']}")
+    if not accelerator.is_main_process:
+        return
+    path = os.path.join(args.output_dir, "metrics.jsonl")
+    size = os.path.getsize(path) if os.path.exists(path) else 0
+    try:
         # Opened and closed for every line, so that a run that is killed has lost none.
-        with open(os.path.join(args.output_dir, "metrics.jsonl"), "a", encoding="utf-8") as file:
+        with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
-        if args.track:
-            wandb.log(metrics)
+    except OSError as error:
+        if os.path.exists(path):
+            os.truncate(path, size)  # no torn line: those before it stay whole
+        fail(f"{path} cannot be written ({error}): make room or mend the folder, then go on with --resume")
+    if args.track:
+        wandb.log(metrics, step=metrics["episode"])  # a resumed run repeats some steps; the tracker keeps the first
 
 
 def finish_records(summary: dict, args, accelerator: Accelerator):
     """Write summary.json, print it as a table, close the tracker and share the model if asked."""
     if not accelerator.is_main_process:
         return
+    if os.path.isdir(f"{args.output_dir}/model"):  # with --total_episodes 0 there is none
+        write_whole(f"{args.output_dir}/model/README.md", model_card(args, summary))
     write_whole(os.path.join(args.output_dir, "summary.json"), json.dumps(summary, indent=2) + "\n")
     print(f"\n{args.exp_name}: results, also in {args.output_dir}/summary.json")
     for name, value in summary.items():
@@ -551,10 +620,62 @@ def finish_records(summary: dict, args, accelerator: Accelerator):
         wandb.summary.update(summary)
         wandb.finish()
     if args.push_to_hub:
-        HfApi().create_repo(args.hf_repo_id, exist_ok=True)
-        for folder, files in ((f"{args.output_dir}/model", None), (args.output_dir, ["args.json", "metrics.jsonl"])):
-            if os.path.isdir(folder):  # with --total_episodes 0 there is no model
-                HfApi().upload_folder(repo_id=args.hf_repo_id, folder_path=folder, allow_patterns=files)
+        later = f"all is in {args.output_dir}; later: hf upload {args.hf_repo_id} {args.output_dir}/model ."
+        attempt(lambda: upload(args), f"--hf_repo_id {args.hf_repo_id}: the upload failed, but {later}")
+
+
+def upload(args):
+    """Upload the model folder (its card included), args.json and metrics.jsonl to the hub."""
+    HfApi().create_repo(args.hf_repo_id, exist_ok=True)
+    for folder, files in ((f"{args.output_dir}/model", None), (args.output_dir, ["args.json", "metrics.jsonl"])):
+        if os.path.isdir(folder):
+            HfApi().upload_folder(repo_id=args.hf_repo_id, folder_path=folder, allow_patterns=files)
+
+
+# What the model card says of the model, and its task in the hub's terms.
+CARD_TASK = "text-generation"
+CARD_TEXT = """\
+A language model fine-tuned on human TL;DR summaries by `sft.py`, the first stage of RLHF with PPO as in arXiv
+2403.17031. A query ends in "TL;DR:" without a space after it; the response begins with a space and ends with EOS:
+
+    tokenizer = AutoTokenizer.from_pretrained(NAME)
+    model = AutoModelForCausalLM.from_pretrained(NAME)
+    query = "SUBREDDIT: r/SUBREDDIT\\n\\nTITLE: TITLE\\n\\nPOST: POST\\n\\nTL;DR:"
+    output = model.generate(**tokenizer(query, return_tensors="pt"), max_new_tokens=53)"""
+
+
+def model_card(args, summary: dict) -> str:
+    """The model card (README.md of the model folder): what it is and comes from, how to load it, results, settings."""
+    # The hub links what it has by name; a folder of this machine means nothing there.
+    flags = ("base_model", "sft_model_path", "label_dataset", "query_dataset")
+    names = {flag: getattr(args, flag, None) for flag in flags}
+    known = {flag: str(name) for flag, name in names.items() if name and "/" in name and not os.path.exists(name)}
+    base = known.get("base_model") or known.get("sft_model_path")
+    datasets = [known[flag] for flag in ("label_dataset", "query_dataset") if flag in known]
+    links = dict(base_model=base, datasets=datasets or None, pipeline_tag=CARD_TASK)
+    header = ModelCardData(library_name="transformers", tags=["rlhf", "summarization"], **links).to_yaml()
+    results = "\n".join(f"| {name} | {value} |" for name, value in summary.items())
+    settings = "\n".join(f"| {name} | {value} |" for name, value in vars(args).items())
+    command = " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
+    return f"""---
+{header}
+---
+# {args.exp_name}, seed {args.seed}
+
+{CARD_TEXT}
+
+```
+{command}
+```
+
+| result | value |
+|---|---|
+{results}
+
+| setting | value |
+|---|---|
+{settings}
+"""
 
 
 def show_samples(samples: list[dict], title: str):
@@ -580,14 +701,28 @@ def count_targets(rows: dict, response_only: bool) -> np.ndarray:
     return np.array([len(t) - (len(q) if response_only else 1) for t, q in zip(rows["tokens"], rows["query_tokens"])])
 
 
-def train(args, accelerator: Accelerator, model, optimizer, posts, eval_posts, tokenizer, num_updates: int):
+def seed_update(seed: int, process: int, update: int):
+    """Seed PyTorch anew for each update and process."""
+    # The scripts draw nothing from PyTorch's own generator. This makes an ablation that does (dropout left on, say)
+    # reproducible too, and exact when it resumes after an interruption.
+    torch.manual_seed(int(np.random.SeedSequence([seed + 100003 * process, update]).generate_state(1)[0]))
+
+
+def gradient_norm(model, accelerator: Accelerator):
+    """The norm of the whole gradient, measured before the optimizer step. Nothing is clipped: the bound is infinite."""
+    return accelerator.clip_grad_norm_(model.parameters(), math.inf)
+
+
+def train(args, accelerator: Accelerator, model, spare, optimizer, posts, eval_posts, tokenizer, updates: range, stop):
     """The training loop: each update is one optimizer step over one global batch, and one line of metrics."""
-    started, pad = time.time(), tokenizer.pad_token_id
+    started, pad, num_updates = time.time(), tokenizer.pad_token_id, updates.stop
     batch_size = args.local_micro_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     lengths = np.array([len(ids) for ids in posts["tokens"]])  # of every row, known to all processes,
     targets = count_targets(posts[:], args.response_loss_only)  # like these
-    model.train()  # with dropout gone (Detail 7), it computes the same as in eval mode
-    for update in tqdm(range(num_updates), desc="SFT", disable=not accelerator.is_main_process, mininterval=2):
+    bar = dict(initial=updates.start, total=num_updates, disable=not accelerator.is_main_process, mininterval=2)
+    for update in tqdm(updates, desc="SFT", **bar):
+        model.train()  # with dropout gone (Detail 7), it computes the same as in eval mode
+        seed_update(args.seed, accelerator.process_index, update)
         # Set by hand, as a pure function of the update: no scheduler whose state would have to be kept in step.
         lr = args.lr * cosine_factor(update, num_updates, args.warm_up_steps)
         for group in optimizer.param_groups:
@@ -601,19 +736,26 @@ def train(args, accelerator: Accelerator, model, optimizer, posts, eval_posts, t
                 # accelerate divides by the accumulation steps and averages over the processes; both are undone, so that
                 # the gradient is that of the mean over the global batch, however it is cut.
                 accelerator.backward(nll / num_targets * args.gradient_accumulation_steps * accelerator.num_processes)
+                if accelerator.sync_gradients:
+                    grad_norm = gradient_norm(model, accelerator)
                 optimizer.step()
                 optimizer.zero_grad()
             nll_sum += nll.detach()  # stays on the device: .item() here would make the GPU wait
         episode = (update + 1) * batch_size
         metrics = {"episode": episode, "epoch": episode / len(posts), "lr": lr}
         metrics["sft/loss"] = accelerator.reduce(nll_sum, "sum").item() / num_targets
-        metrics["eps"] = episode / (time.time() - started)
+        metrics["grad_norm"] = float(grad_norm)
+        metrics["eps"] = (episode - updates.start * batch_size) / (time.time() - started)
         log_metrics(metrics, args, accelerator)
         if accelerator.is_main_process and (update + 1) % max(1, num_updates // 50) == 0:
             line = f"update {update + 1}/{num_updates}  loss {metrics['sft/loss']:.4f}  lr {lr:.2e}"
             tqdm.write(f"{line}  {metrics['eps']:.1f} rows/s")
-        if args.print_samples_every and (update + 1) % args.print_samples_every == 0 and accelerator.is_main_process:
-            show_samples(sample_rows(args, accelerator, model, eval_posts[:1], tokenizer), f"after update {update + 1}")
+        if args.print_samples_every and (update + 1) % args.print_samples_every == 0:
+            plain = whole_model(model, spare, accelerator)  # all processes
+            if accelerator.is_main_process:
+                samples = sample_rows(args, accelerator, plain, eval_posts[:1], tokenizer)
+                show_samples(samples, f"after update {update + 1}")
+        save_or_stop(args, accelerator, model, optimizer, update + 1, num_updates, 1, stop)
 
 
 def sample_rows(args, accelerator: Accelerator, model, rows: dict, tokenizer) -> list[dict]:
@@ -621,7 +763,7 @@ def sample_rows(args, accelerator: Accelerator, model, rows: dict, tokenizer) ->
     queries = pad_rows(rows["query_tokens"], tokenizer.pad_token_id, "left", accelerator.device)  # (B, Q)
     # Every process samples with a seed of its own (while all share the order of the data, Detail S).
     generator = torch.Generator(accelerator.device).manual_seed(args.seed + 100003 * accelerator.process_index)
-    model = accelerator.unwrap_model(model)
+    model.eval()  # in training mode, gradient checkpointing would switch the KV cache off
     with accelerator.autocast():
         responses = generate(model, queries, args.response_length, args.eval_temperature, tokenizer, generator)
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
@@ -638,11 +780,11 @@ def evaluate(args, accelerator: Accelerator, model, posts, tokenizer) -> dict:
     # Every row is counted once, whatever the number of processes: process i takes rows i, i + n, i + 2n, ...
     n, size = accelerator.num_processes, args.local_eval_batch_size
     mine = posts.select(range(accelerator.process_index, len(posts), n))
-    unwrapped, nll_sum, samples = accelerator.unwrap_model(model), 0.0, []
+    nll_sum, samples = 0.0, []
     for start in tqdm(range(0, len(mine), size), desc="evaluation", disable=not accelerator.is_main_process):
         rows = mine[start : start + size]
         with accelerator.autocast():
-            nll_sum += summed_nll(args, accelerator, unwrapped, rows, tokenizer.pad_token_id).item()
+            nll_sum += summed_nll(args, accelerator, model.eval(), rows, tokenizer.pad_token_id).item()
         samples += sample_rows(args, accelerator, model, rows, tokenizer)
     # One entry per process: sums of the loss, and lists of samples.
     nll_sums, samples = gather_object([nll_sum]), gather_object([samples])
@@ -661,10 +803,232 @@ def evaluate(args, accelerator: Accelerator, model, posts, tokenizer) -> dict:
     return results | {f"eval/{kind}": float(np.mean([score[kind].fmeasure for score in scores])) for kind in kinds}
 
 
+# ---- Interruption: stop after an update, save, go on (nothing here belongs to the algorithm) -------------------------
+class StopSignal:
+    """Remembers SIGTERM (preemption) or SIGINT (Ctrl-C) until the update is finished; a second one acts at once."""
+
+    def __init__(self):
+        self.number, self.training = 0, False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.receive)
+
+    def receive(self, number, frame):
+        if self.number or not self.training:  # before and after training there is nothing to finish first
+            raise SystemExit(128 + number)
+        self.number = number
+
+    def agreed(self, accelerator: Accelerator) -> int:
+        """The signal that some process has received, or 0: the same on all of them, so that they stop together."""
+        return int(accelerator.gather(torch.tensor([self.number], device=accelerator.device)).max())
+
+
+def earlier_run(args) -> dict:
+    """
+    What args.json says of the run in --output_dir, {} if there is none. Without --resume there must be none. With it, a
+    run that was started with other flags is refused, and if the run is finished, this one ends here with exit code 0.
+    """
+    names = ("args.json", "metrics.jsonl", "checkpoints", "model", "summary.json")
+    found = [name for name in names if os.path.exists(os.path.join(args.output_dir, name))]
+    if not found:
+        return {}
+    where = f"--output_dir {args.output_dir} holds"
+    if not args.resume:
+        fail(f"{where} another run ({found[0]}): name another folder, remove it, or go on with that run by --resume")
+    if found[0] != "args.json":
+        fail(f"{where} {found[0]} but no args.json, so no run that --resume could go on with: name another folder")
+    path, script = f"{args.output_dir}/args.json", os.path.basename(__file__)
+    run = attempt(lambda: json.loads(open(path, encoding="utf-8").read()), f"{where} an args.json that is torn")
+    if run.get("script") != script:
+        fail(f"{where} a run of {run.get('script')}, not of {script}: name another folder")
+    for name, value in vars(args).items():
+        before = run["args"].get(name)
+        if name not in MAY_CHANGE and value != before:
+            fail(f"--{name} is {value}, but the run to resume was started with {before}: pass that, or another folder")
+    if "summary.json" in found:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{where} a finished run: there is nothing left to do")
+        raise SystemExit(0)
+    return run
+
+
+def file_state(path: str) -> list:
+    """[size in bytes, SHA-256] of a file, which is on the disk and not only in a buffer when this returns."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        return [os.path.getsize(path), hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def read_manifest(folder: str, run_id: str) -> dict:
+    """The manifest of a checkpoint, plus its `folder`. ValueError unless it is of this run and every file is whole."""
+    with open(f"{folder}/manifest.json", encoding="utf-8") as file:
+        manifest = json.load(file)
+    if manifest["run_id"] != run_id:
+        raise ValueError("it belongs to another run")
+    for name, state in manifest["files"].items():
+        if file_state(f"{folder}/{name}") != state:
+            raise ValueError(f"{name} is not as it was written")
+    return manifest | {"folder": folder}
+
+
+def find_checkpoint(args, run: dict, batch_size: int, accelerator: Accelerator) -> dict:
+    """The manifest of the newest whole checkpoint of `run`, the same on all processes; {} if there is none."""
+    if run and run["batch_size"] != batch_size:
+        fail(f"the batch is {batch_size}, that of the run to resume was {run['batch_size']}: keep the flags' product")
+    manifest = {}
+    if accelerator.is_main_process and run:  # one process reads and decides for all
+        folders = glob.glob(os.path.join(glob.escape(args.output_dir), "checkpoints", "update_" + "[0-9]" * 8))
+        for folder in sorted(folders, reverse=True):
+            try:
+                manifest = read_manifest(folder, run["run_id"])
+                break
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                print(f"note: the checkpoint {folder} is skipped: {error}")
+    manifest = broadcast_object_list([manifest])[0]
+    if args.resume:
+        where = f"resuming after update {manifest['update']}" if manifest else "no checkpoint yet: starting afresh"
+        accelerator.print(f"{args.output_dir}: {where}")
+    return manifest
+
+
+def full_tensor(parameter, kind: str, optimizer, accelerator: Accelerator) -> torch.Tensor:
+    """A trained parameter ("parameter") or AdamW's moment of it ("exp_avg", "exp_avg_sq"): whole, fp32, on the CPU."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return (parameter.data if kind == "parameter" else optimizer.state[parameter][kind]).cpu()
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    # ZeRO spreads fp32 masters and moments over the processes. All of them take part in putting them together.
+    if kind == "parameter":
+        return safe_get_full_fp32_param(parameter).cpu()
+    return safe_get_full_optimizer_state(parameter, kind).cpu()
+
+
+def save_checkpoint(args, accelerator: Accelerator, model, optimizer, update: int, adam_steps: int):
+    """
+    Write OUTPUT_DIR/checkpoints/update_N, whole or not at all, and remove all but the last --keep.
+
+    It holds every parameter and both of AdamW's moments of it, named alike whatever the engine, and a manifest:
+    counters, where metrics.jsonl ended, size and digest of every file. There is no more to save: the order of the data,
+    every random number and the learning rate are pure functions of seed, process and update.
+    """
+    folder = os.path.join(args.output_dir, "checkpoints", f"update_{update:08d}")
+    temporary, files, part, main = f"{folder}.tmp", {}, {}, accelerator.is_main_process
+    parameters = list(accelerator.unwrap_model(model).named_parameters())
+    entries = [(kind, name, p) for kind in ("parameter", "exp_avg", "exp_avg_sq") for name, p in parameters]
+    try:
+        if main:
+            shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed while saving
+            os.makedirs(temporary)
+        for number, (kind, name, parameter) in enumerate(entries, start=1):
+            tensor = full_tensor(parameter, kind, optimizer, accelerator)
+            if main:
+                part[f"{kind}/{name}"] = tensor.contiguous()
+                # Files of about 4 GB, so that the memory need not hold all of it at once.
+                if number == len(entries) or sum(tensor.nbytes for tensor in part.values()) > 4e9:
+                    file = f"part_{len(files):04d}.safetensors"
+                    save_file(part, f"{temporary}/{file}")
+                    files[file], part = file_state(f"{temporary}/{file}"), {}
+        if main:
+            with open(f"{args.output_dir}/args.json", encoding="utf-8") as file:
+                manifest = {"run_id": json.load(file)["run_id"], "update": update, "adam_steps": adam_steps}
+            manifest |= {"metrics_bytes": file_state(f"{args.output_dir}/metrics.jsonl")[0], "files": files}
+            write_whole(f"{temporary}/manifest.json", json.dumps(manifest, indent=2) + "\n")
+            shutil.rmtree(folder, ignore_errors=True)  # a torn one, which this run skipped when it resumed
+            os.rename(temporary, folder)
+            # Whatever is newer than this one is torn too, and must not push out the good ones.
+            others = sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(folder)), "update_*")))
+            older, newer = [o for o in others if o < folder], [o for o in others if o > folder]
+            for other in older[: max(0, len(older) - args.keep + 1)] + newer:
+                shutil.rmtree(other)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)  # gives its room back; the checkpoint before it is untouched
+        fail(f"{folder} cannot be written ({error}): make room or mend the folder, then go on with --resume")
+
+
+def checkpoint_tensors(manifest: dict, kind: str):
+    """Yield (name of the parameter, tensor) for all tensors of a kind in a checkpoint, one at a time."""
+    for file in manifest["files"]:
+        with safe_open(os.path.join(manifest["folder"], file), "pt") as part:
+            for key in part.keys():
+                if key.startswith(f"{kind}/"):
+                    yield key.removeprefix(f"{kind}/"), part.get_tensor(key)
+
+
+def restore_parameters(model, manifest: dict):
+    """Load the parameters of a checkpoint into a model, before it is wrapped for any engine."""
+    parameters = dict(model.named_parameters())
+    for name, value in checkpoint_tensors(manifest, "parameter"):
+        parameters[name].data.copy_(value)
+
+
+def restore_optimizer(model, optimizer, manifest: dict, accelerator: Accelerator):
+    """Load AdamW's state (and ZeRO's fp32 masters, exactly) from a checkpoint, after accelerator.prepare."""
+    parameters = dict(accelerator.unwrap_model(model).named_parameters())
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    if deepspeed:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        # AdamW makes its state in its first step. Here it must be there before: over ZeRO's flat partitions.
+        zero, stage = optimizer.optimizer, zero_stage(accelerator)
+        for flat in zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups:
+            moments = dict(exp_avg=torch.zeros_like(flat), exp_avg_sq=torch.zeros_like(flat))
+            zero.optimizer.state[flat] = dict(step=torch.tensor(float(manifest["adam_steps"])), **moments)
+        if stage < 3:
+            zero._lazy_init_hp_params_optimizer_state()
+        for name, value in checkpoint_tensors(manifest, "parameter"):
+            safe_set_full_fp32_param(parameters[name], value.to(accelerator.device))
+    for kind in ("exp_avg", "exp_avg_sq"):
+        for name, value in checkpoint_tensors(manifest, kind):
+            parameter, value = parameters[name], value.to(accelerator.device)
+            if deepspeed:
+                safe_set_full_optimizer_state(parameter, value, kind)
+            else:
+                state = optimizer.state[parameter]
+                state["step"], state[kind] = torch.tensor(float(manifest["adam_steps"])), value
+
+
+def save_or_stop(args, accelerator: Accelerator, model, optimizer, update: int, num_updates: int, steps: int, stop):
+    """After each update (of `steps` optimizer steps): write a checkpoint if one is due, and leave if told to."""
+    number = stop.agreed(accelerator)
+    due = args.save_every > 0 and (update % args.save_every == 0 or update == num_updates)
+    if number or due:
+        save_checkpoint(args, accelerator, model, optimizer, update, adam_steps=update * steps)
+    if number:
+        done = f"update {update} of {num_updates} is finished and saved"
+        accelerator.print(f"{signal.Signals(number).name}: {done}; the same command with --resume goes on")
+        accelerator.end_training()
+        raise SystemExit(128 + number)  # what a shell reports of a program that a signal has ended
+
+
+def whole_model(model, spare, accelerator: Accelerator):
+    """The model to call outside of training: itself, or under ZeRO-3 the `spare`, which receives all its parameters."""
+    model = accelerator.unwrap_model(model)
+    if spare is None:
+        return model
+    import deepspeed
+
+    # Under ZeRO-3 every forward pass is a meeting of all processes. But samples end at another length on each of them,
+    # and evaluation has rows left over: there, each process needs a model of its own.
+    for ours, theirs in zip(spare.parameters(), model.parameters()):
+        with deepspeed.zero.GatheredParameters(theirs):
+            ours.data.copy_(theirs.data)
+    return spare
+
+
+def weights_to_save(model, plain, optimizer, accelerator: Accelerator) -> dict:
+    """What a model folder holds, by name: all parameters, whole and in fp32 whatever the engine, and the buffers."""
+    names = {name for name, _ in plain.named_parameters(remove_duplicate=False)}
+    weights = {name: value for name, value in plain.state_dict().items() if name not in names}
+    for name, parameter in accelerator.unwrap_model(model).named_parameters():
+        tensor = full_tensor(parameter, "parameter", optimizer, accelerator)
+        weights |= {name: tensor} if accelerator.is_main_process else {}
+    return weights
+
+
 def main():
     # 1. Flags.
     args = tyro.cli(Args, use_underscores=True, description=__doc__)
-    check_flags(args, may_be_zero=("seed", "total_episodes", "warm_up_steps", "print_samples_every"))
+    check_flags(args, may_be_zero=("seed", "total_episodes", "warm_up_steps", "save_every", "print_samples_every"))
+    run, stop = earlier_run(args), StopSignal()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     accelerator = start_accelerator(args)
@@ -693,24 +1057,37 @@ def main():
     if num_updates == 0 and wanted > 0:
         fail(f"{wanted} rows do not fill one batch of {batch_size}: lower --local_micro_batch_size")
 
-    # 4. Model and optimizer.
+    # 4. Model and optimizer, from the newest checkpoint if this run goes on with an earlier one.
+    checkpoint = find_checkpoint(args, run, batch_size, accelerator)
     model = load_causal_lm(path, config, tokenizer, "--base_model")
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    spare = copy.deepcopy(model).to(accelerator.device) if zero_stage(accelerator) == 3 else None
+    if checkpoint:
+        restore_parameters(model, checkpoint)
     # AdamW: eps 1e-5 rather than PyTorch's 1e-8; betas and weight decay are PyTorch's defaults (Detail 9).
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=args.eps, betas=(0.9, 0.999), weight_decay=0.01)
     model, optimizer = accelerator.prepare(model, optimizer)
-    start_records(args, accelerator)
+    if checkpoint:
+        restore_optimizer(model, optimizer, checkpoint, accelerator)
+    start_records(args, accelerator, run, checkpoint, batch_size)
 
     # 5. Train, save, evaluate.
-    started = time.time()
-    train(args, accelerator, model, optimizer, posts, eval_posts, tokenizer, num_updates)
+    started, updates = time.time(), range(checkpoint.get("update", 0), num_updates)
+    stop.training = True
+    with explain_out_of_memory():
+        train(args, accelerator, model, spare, optimizer, posts, eval_posts, tokenizer, updates, stop)
+    stop.training = False
     summary = {"updates": num_updates, "episodes": num_updates * batch_size, "time/train": time.time() - started}
+    plain = whole_model(model, spare, accelerator)
     if num_updates > 0:
-        state_dict = accelerator.get_state_dict(model)  # all processes take part where parameters are partitioned
+        weights = weights_to_save(model, plain, optimizer, accelerator)
         if accelerator.is_main_process:
-            save_model(accelerator.unwrap_model(model), state_dict, tokenizer, "left", args.output_dir)
+            save_model(plain, weights, tokenizer, "left", args.output_dir)
     if args.run_eval:
         started = time.time()
-        results = evaluate(args, accelerator, model, eval_posts, tokenizer)
+        with explain_out_of_memory():
+            results = evaluate(args, accelerator, plain, eval_posts, tokenizer)
         log_metrics({"episode": num_updates * batch_size} | results, args, accelerator)
         summary |= results | {"time/eval": time.time() - started}
     finish_records(summary, args, accelerator)

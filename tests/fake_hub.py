@@ -7,10 +7,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class FakeHub:
-    """A server for a `with` block: `files` by repository and path, `created` repositories, the tokens that came."""
+    """A server for a `with` block: `files` by repository and path, `created` repositories, `tokens` and `cards` that came."""
 
     def __init__(self):
-        self.files, self.created, self.tokens = {}, [], set()
+        self.files, self.created, self.tokens, self.cards = {}, [], set(), []
 
     def __enter__(self):
         hub = self
@@ -65,6 +65,9 @@ class FakeHub:
                     assert value["encoding"] == "base64"
                     self.files[repo, value["path"]] = base64.b64decode(value["content"])
             reply = {"success": True, "commitOid": "0" * 40, "commitUrl": f"{self.url}/{repo}/commit/{'0' * 40}"}
+        elif path == "/api/validate-yaml":  # asked before a README.md is uploaded: is its header well-formed?
+            self.cards.append(json.loads(body)["content"])
+            reply = {"warnings": [], "errors": []}
         elif handler.command == "GET" and path.startswith("/api/models/"):
             repo = path.removeprefix("/api/models/").partition("/revision")[0]
             reply = {"_id": "0" * 24, "id": repo, "sha": "0" * 40, "siblings": [], "private": False}

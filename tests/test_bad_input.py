@@ -87,9 +87,10 @@ def test_the_good_flags_are_good(good):
 
 ANY_NUMBER = {"missing_eos_penalty"}
 MAY_BE_ZERO = {
-    "sft": {"seed", "total_episodes", "warm_up_steps", "print_samples_every"},
-    "reward": {"seed", "total_episodes", "warm_up_steps"},
-    "ppo": {"seed", "total_episodes", "warm_up_steps", "print_samples_every", "kl_coef", "vf_coef", "gamma", "lam"},
+    "sft": {"seed", "total_episodes", "warm_up_steps", "save_every", "print_samples_every"},
+    "reward": {"seed", "total_episodes", "warm_up_steps", "save_every"},
+    "ppo": {"seed", "total_episodes", "warm_up_steps", "save_every", "print_samples_every", "kl_coef", "vf_coef"}
+    | {"gamma", "lam"},
 }
 
 
@@ -151,11 +152,11 @@ def test_lengths_that_just_fit_the_models_positions(good):
 # ---- Output folder, precision, upload --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("taken", ["args.json", "metrics.jsonl", "summary.json", "model"])
+@pytest.mark.parametrize("taken", ["args.json", "metrics.jsonl", "summary.json", "model", "checkpoints"])
 @pytest.mark.parametrize("name", MODULES)
 def test_an_output_folder_that_holds_another_run(refused, name, taken, tmp_path):
     folder = tmp_path / "taken"
-    (folder / taken).mkdir(parents=True) if taken == "model" else write_rows(folder / taken, [{"mine": 1}])
+    (folder / taken).mkdir(parents=True) if "." not in taken else write_rows(folder / taken, [{"mine": 1}])
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     line = refused(name, {"--output_dir": folder})
     assert f"--output_dir {folder} holds another run ({taken})" in line
@@ -415,9 +416,9 @@ def test_by_command(good, name, change):
 
 
 def test_a_number_that_is_not_finite_ends_the_run(good, tmp_path, monkeypatch):
-    """Not a mistake of the user, so no exit code 2: the run stops at once rather than writing a broken model."""
+    """The run stops at once, in one line that says what and where, rather than writing a broken model."""
     monkeypatch.setattr(sft, "token_nll", lambda logits, ids, mask: logits.sum(-1) * torch.nan)
     flags = [part for pair in good["sft"].items() for part in pair]
-    with pytest.raises(FloatingPointError, match="sft/loss is not finite at episode 4"):
-        run_inside(sft, *flags)
+    done = run_inside(sft, *flags)
+    assert done.code == 2 and "error: sft/loss is nan, grad_norm is nan at episode 4: lower --lr" in done.err
     assert not (good["sft"]["--output_dir"] / "model").exists()

@@ -61,7 +61,7 @@ def load_networks(setup, **flags):
     args = ppo.Args(sft_model_path=setup.sft, reward_model_path=setup.reward, response_length=R, **flags)
     config = ppo.load_config(setup.sft_model, "--sft_model_path")
     model, reference, reward_model = ppo.load_networks(args, config, setup.tokenizer)
-    return args, (model.eval(), reference, reward_model, setup.tokenizer)
+    return args, (model.eval(), reference, reward_model, None, setup.tokenizer)  # None: no spare, that is for ZeRO-3
 
 
 def query_tokens(tokenizer, number=10, seed=30):
@@ -122,7 +122,7 @@ def test_response_logits_are_a_slice_of_all_logits(setup, policy):
 
 def test_values_and_scores_under_left_padding(setup):
     """The value before each token and after the last, and the score at EOS, as an unpadded plain load computes them."""
-    _, (model, _, reward_model, tokenizer) = load_networks(setup)
+    _, (model, _, reward_model, _, tokenizer) = load_networks(setup)
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     plain = AutoModelForSequenceClassification.from_pretrained(setup.reward_model)
     rows, answers = query_tokens(tokenizer, 4), [[5, 6, eos], [7, 8, 9, 10, eos], [eos], [5, 5]]
@@ -389,7 +389,7 @@ def test_reward_head(base_models):
 
 
 def test_value_model_starts_with_the_offset_as_bias(setup):
-    _, (model, _, reward_model, _) = load_networks(setup)
+    _, (model, _, reward_model, _, _) = load_networks(setup)
     for scalar in (model.value_model, reward_model):
         assert scalar.head.bias.item() == pytest.approx(-OFFSET)
     assert model.value_model.head.bias.requires_grad  # Detail 11: PPO trains the critic's
@@ -496,7 +496,7 @@ def test_statistics_count_valid_tokens_only(setup, accelerator):
 
 
 def test_four_networks_share_nothing_and_two_are_frozen(setup):
-    _, (model, reference, reward_model, _) = load_networks(setup)
+    _, (model, reference, reward_model, _, _) = load_networks(setup)
     networks = (model.policy, model.value_model, reference, reward_model)
     storages = [{p.untyped_storage().data_ptr() for p in network.parameters()} for network in networks]
     assert len(set.union(*storages)) == sum(map(len, storages))
@@ -509,7 +509,7 @@ def test_four_networks_share_nothing_and_two_are_frozen(setup):
 
 def test_an_update_moves_policy_and_critic_and_nothing_else(setup, accelerator):
     args, networks, _, batch = make_rollout(setup, accelerator, local_micro_batch_size=5, gradient_accumulation_steps=2)
-    model, reference, reward_model, tokenizer = networks
+    model, reference, reward_model, _, tokenizer = networks
     reset_accelerate()
     accelerator = Accelerator(gradient_accumulation_steps=2)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -532,7 +532,7 @@ def test_offload_moves_the_frozen_models_only(setup, accelerator):
     """With --offload, to the device for a rollout and back; without it they are left where they are."""
     moves = []
     net = SimpleNamespace(to=lambda device: moves.append(device))
-    networks = (SimpleNamespace(), net, net, None)
+    networks = (SimpleNamespace(), net, net, None, None)
     gpu = SimpleNamespace(device="cuda:0", distributed_type=accelerator.distributed_type)
     stay = [ppo.prepare_frozen(net, ppo.Args(offload=True), gpu) for _ in range(2)]
     assert stay == [net, net] and moves == []  # they stay in CPU memory
@@ -562,6 +562,9 @@ class Recorder:
     def zero_grad(self):
         if self.accelerator.sync_gradients:
             self.model.zero_grad()
+
+
+NEVER = SimpleNamespace(agreed=lambda accelerator: 0)  # no signal comes
 
 
 def assert_same_gradients(found, expected, tolerance):
@@ -642,11 +645,11 @@ def test_sft_gradient_is_that_of_the_whole_batch(setup, data, tmp_path, response
         accelerator = Accelerator(gradient_accumulation_steps=accumulation)
         args = sft.Args(
             local_micro_batch_size=micro, gradient_accumulation_steps=accumulation, output_dir=str(tmp_path),
-            response_loss_only=response_only, print_samples_every=0,
+            response_loss_only=response_only, print_samples_every=0, save_every=0,
         )  # fmt: skip
         posts = sft.load_posts(data.posts, "train", tokenizer, (48, 20, 68), accelerator)
         recorder = Recorder(accelerator, model)
-        sft.train(args, accelerator, model, recorder, posts, None, tokenizer, 1)
+        sft.train(args, accelerator, model, None, recorder, posts, None, tokenizer, range(1), NEVER)
         found += recorder.steps
     for one in found[1:]:
         assert_same_gradients(one, found[0], 2e-5)
@@ -667,11 +670,11 @@ def test_reward_gradient_is_that_of_the_whole_batch(setup, data, tmp_path):
         reset_accelerate()
         accelerator = Accelerator(gradient_accumulation_steps=accumulation)
         args = reward.Args(
-            local_micro_batch_size=micro, gradient_accumulation_steps=accumulation, output_dir=str(tmp_path)
+            local_micro_batch_size=micro, gradient_accumulation_steps=accumulation, output_dir=str(tmp_path), save_every=0
         )
         pairs = reward.load_comparisons(data.pairs, "train", tokenizer, (48, 20, 68), accelerator).with_format("numpy")
         recorder = Recorder(accelerator, model)
-        reward.train(args, accelerator, model, recorder, pairs, tokenizer.pad_token_id, 1)
+        reward.train(args, accelerator, model, recorder, pairs, tokenizer.pad_token_id, range(1), NEVER)
         found += recorder.steps
     for one in found[1:]:
         assert_same_gradients(one, found[0], 2e-5)

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import transformers
 from conftest import (
     LENGTHS,
     ROOT,
@@ -46,9 +47,9 @@ PPO_METRICS = (
     "objective/kl objective/entropy objective/non_score_reward objective/rlhf_reward objective/scores "
     "objective/rm_scores objective/response_length policy/approxkl_avg policy/clipfrac_avg policy/entropy_avg "
     "loss/policy_avg loss/value_avg val/clipfrac_avg val/ratio val/ratio_var val/ratio_first val/ratio_first_dev "
-    "val/num_eos_tokens val/eos_share lr episode epoch eps time/rollout time/train"
+    "val/num_eos_tokens val/eos_share grad_norm lr episode epoch eps time/rollout time/train"
 ).split()
-REWARD_METRICS = "episode epoch lr rm/loss rm/accuracy rm/chosen_rewards rm/rejected_rewards rm/margin eps".split()
+REWARD_METRICS = "episode epoch lr rm/loss rm/accuracy rm/chosen_rewards rm/rejected_rewards rm/margin grad_norm eps".split()
 
 
 def sft_flags(data, model):
@@ -128,7 +129,7 @@ def test_records(chain, name):
 def test_sft_metrics(chain):
     metrics = read_metrics(chain.sft)
     assert [row["episode"] for row in metrics] == [8, 16, 24, 32, 40, 48, 56, 56]
-    assert set(metrics[0]) == {"episode", "epoch", "lr", "sft/loss", "eps"}
+    assert set(metrics[0]) == {"episode", "epoch", "lr", "sft/loss", "grad_norm", "eps"}
     assert metrics[3]["epoch"] == pytest.approx(32 / 60)
     for update, row in enumerate(metrics[:-1]):  # a cosine to 0
         assert row["lr"] == pytest.approx(1e-3 * 0.5 * (1 + math.cos(math.pi * update / 7)))
@@ -267,7 +268,7 @@ def test_ppo_evaluation(chain):
 def check_upload(hub, repo, out):
     names = {path for owner, path in hub.files if owner == repo}
     assert hub.created == [repo] and hub.tokens - {""} == {TOKEN}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "args.json", "metrics.jsonl"} <= names
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md", "args.json", "metrics.jsonl"} <= names
     for name in names:
         inside = out / "model" / name
         assert hub.files[repo, name] == (inside if inside.exists() else out / name).read_bytes()
@@ -589,8 +590,23 @@ PPO_EFFECTS = {
                             and "samples of the rollout" not in b.out),
 }  # fmt: skip
 
+def checkpoints(run):
+    return sorted(path.name for path in (run.dir / "checkpoints").iterdir())
+
+
+INTERRUPTION_EFFECTS = {  # see test_interruption.py for what they are good for
+    "save_every": ([1], lambda b, c: len(checkpoints(c)) == 2 and len(checkpoints(b)) == 1
+                   and checkpoints(c)[-1] == checkpoints(b)[0]),
+    "keep": ([1], lambda b, c: len(checkpoints(b)) == 2 and checkpoints(c) == checkpoints(b)[1:], ["--save_every", 1]),
+    "resume": ([], lambda b, c: "no checkpoint yet: starting afresh" in c.out
+               and without_clock(c.metrics) == without_clock(b.metrics)),
+}  # fmt: skip
+for effects in (SFT_EFFECTS, REWARD_EFFECTS, PPO_EFFECTS):
+    effects |= INTERRUPTION_EFFECTS
+
 # Flags whose effect has a test of its own (or, the output folder, is what every run here is read from).
 COMMON = {
+    "gradient_checkpointing": "test_gradient_checkpointing_computes_layers_again_and_changes_nothing",
     "output_dir": "Runs",
     "track": "test_track_with_wandb_project_name_and_wandb_entity",
     "wandb_project_name": "test_track_with_wandb_project_name_and_wandb_entity",
@@ -649,6 +665,24 @@ def test_flag_has_its_effect(name, flag, without, chain, base_models, data, requ
         replaced.append(value)
     changed = runs(*NO_SAMPLES[name], *more, f"--{flag}", *replaced)
     assert effect(without(name, more), changed)
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "ppo"])
+def test_gradient_checkpointing_computes_layers_again_and_changes_nothing(name, without, request, monkeypatch):
+    calls, original = [], transformers.modeling_utils.checkpoint
+
+    def spy(*args, **kwargs):
+        calls.append(args)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(transformers.modeling_utils, "checkpoint", spy)
+    changed = request.getfixturevalue(f"{name}_runs")(*NO_SAMPLES[name], "--gradient_checkpointing")
+    plain = without(name, ())
+    # Two layers in each training pass of one network, or two (policy and value model).
+    passes = {"sft": 2, "reward": 2, "ppo": 2 * 4 * 2}[name] * len(plain.metrics)
+    assert len(calls) == passes * 2
+    for found, expected in zip(without_clock(changed.metrics), without_clock(plain.metrics), strict=True):
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 def test_missing_eos_penalty_none_keeps_the_reward_models_score(ppo_runs):
