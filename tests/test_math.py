@@ -237,7 +237,8 @@ def test_token_logprobs_and_entropies(temperature):
     generator = torch.Generator().manual_seed(7)
     logits = torch.randn((2, 5, 11), generator=generator)
     tokens = torch.randint(0, 11, (2, 5), generator=generator)
-    logprobs, entropies = ppo.token_logprobs(logits, tokens, temperature), ppo.token_entropies(logits, temperature)
+    results = ppo.TokenLogprobs.apply(logits.flatten(0, 1).clone(), tokens.flatten(), temperature + 1e-7)
+    logprobs, entropies = [result.view(tokens.shape) for result in results]
     for b in range(2):
         for t in range(5):
             logs = log_softmax([x / (temperature + 1e-7) for x in logits[b, t].tolist()])
@@ -247,11 +248,11 @@ def test_token_logprobs_and_entropies(temperature):
 
 
 def test_token_logprobs_has_the_gradient_of_the_tempered_distribution():
-    logits = torch.randn((1, 1, 5), generator=torch.Generator().manual_seed(8), dtype=torch.float32, requires_grad=True)
-    ppo.token_logprobs(logits, torch.tensor([[2]]), 0.7).sum().backward()
-    logs = log_softmax([x / 0.7 for x in logits[0, 0].tolist()])
+    logits = torch.randn((1, 5), generator=torch.Generator().manual_seed(8), dtype=torch.float32, requires_grad=True)
+    ppo.TokenLogprobs.apply(logits.clone(), torch.tensor([2]), 0.7)[0].sum().backward()  # what it is given is overwritten
+    logs = log_softmax([x / 0.7 for x in logits[0].tolist()])
     expected = [((i == 2) - math.exp(x)) / 0.7 for i, x in enumerate(logs)]
-    assert logits.grad[0, 0].tolist() == pytest.approx(expected, abs=1e-5)
+    assert logits.grad[0].tolist() == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("response_only", [False, True])
