@@ -33,6 +33,7 @@ T tokens of a padded row, Q query tokens, R response tokens (R' after trimming t
 nothing to do with the letters of details.
 """
 
+import ctypes
 import json
 import math
 import os
@@ -218,6 +219,14 @@ def start_accelerator(args) -> Accelerator:
         config["train_micro_batch_size_per_gpu"] = args.local_micro_batch_size
         config["gradient_clipping"] = 0.0  # accelerate would fill in 1.0; nothing is clipped in any stage
     return accelerator
+
+
+def keep_freed_memory():
+    """Let the C library keep the memory of freed tensors for the next ones instead of giving it back (Linux, glibc)."""
+    # On a CPU, page faults in fresh memory can take longer than the computation that fills it.
+    if hasattr(ctypes.CDLL(None), "mallopt"):
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, 2**31 - 1)
 
 
 # ---- Data: raw posts -> queries as token ids -------------------------------------------------------------------------
@@ -1101,6 +1110,7 @@ def main():
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     accelerator = start_accelerator(args)
+    keep_freed_memory()
     torch.manual_seed(args.seed)
 
     # 2. Sizes: minibatch = micro-batch x accumulation x processes, batch = minibatch x minibatches.

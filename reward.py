@@ -23,6 +23,7 @@ Tags such as "Detail 11" lead to the table of details in the README. Letters in 
 chosen ones first), T tokens of a padded row.
 """
 
+import ctypes
 import json
 import math
 import os
@@ -186,6 +187,14 @@ def start_accelerator(args) -> Accelerator:
         config["train_micro_batch_size_per_gpu"] = args.local_micro_batch_size
         config["gradient_clipping"] = 0.0  # accelerate would fill in 1.0; nothing is clipped in any stage
     return accelerator
+
+
+def keep_freed_memory():
+    """Let the C library keep the memory of freed tensors for the next ones instead of giving it back (Linux, glibc)."""
+    # On a CPU, page faults in fresh memory can take longer than the computation that fills it.
+    if hasattr(ctypes.CDLL(None), "mallopt"):
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, 2**31 - 1)
 
 
 # ---- Data: raw rows -> queries and responses as token ids ------------------------------------------------------------
@@ -499,6 +508,13 @@ def model_inputs(token_ids: torch.Tensor, pad_token_id: int) -> dict:
     return dict(input_ids=input_ids, attention_mask=attention_mask.long(), position_ids=position_ids)
 
 
+def causal_inputs(token_ids: torch.Tensor, pad_token_id: int) -> dict:
+    """The same for a full pass over ids (B, T) padded on the RIGHT only, which needs neither mask nor positions."""
+    # Causal attention never sees what comes later. Told so by the missing mask, it computes the half below the diagonal
+    # only, and no (B, T, T) mask is made.
+    return dict(input_ids=token_ids.masked_fill(token_ids == pad_token_id, 0), use_cache=False)
+
+
 def last_token_index(token_ids: torch.Tensor, pad_token_id: int) -> torch.Tensor:
     """
     Index of the last token that is not [PAD] in each row of (B, T), whichever side is padded -> (B,).
@@ -531,8 +547,10 @@ class RewardModel(nn.Module):
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         pad = self.classifier.config.pad_token_id
-        inputs = model_inputs(token_ids, pad)
-        hidden = self.classifier.base_model(**inputs, use_cache=False).last_hidden_state  # (B, T, d)
+        # Left padding occurs only where scores under it are asked for: it costs an attention mask.
+        on_the_right = bool((token_ids[:, 0] != pad).all())
+        inputs = causal_inputs(token_ids, pad) if on_the_right else model_inputs(token_ids, pad) | {"use_cache": False}
+        hidden = self.classifier.base_model(**inputs).last_hidden_state  # (B, T, d)
         # Detail 13 (other positions): only the output at EOS is trained and read. What the head says elsewhere is
         # mostly negative and means nothing, so it is not even computed.
         rows = torch.arange(len(token_ids), device=token_ids.device)
@@ -870,6 +888,7 @@ def main():
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     accelerator = start_accelerator(args)
+    keep_freed_memory()
     torch.manual_seed(args.seed)
 
     # 2. Tokenizer and data.

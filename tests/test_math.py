@@ -256,20 +256,18 @@ def test_token_logprobs_has_the_gradient_of_the_tempered_distribution():
 
 
 @pytest.mark.parametrize("response_only", [False, True])
-def test_target_mask_and_token_nll(response_only):
+def test_target_mask_and_loss(response_only):
     generator = torch.Generator().manual_seed(9)
     rows = [[3, 1, 4, 1, 5, 0], [2, 7, 0], [8, 8, 8, 8, 0]]
     query_lengths = [3, 1, 4]
     token_ids = sft.pad_rows(rows, PAD, "right", "cpu")
     logits = torch.randn((3, 6, 10), generator=generator)
     mask = sft.target_mask(token_ids, torch.tensor(query_lengths), PAD, response_only)
-    nll = sft.token_nll(logits, token_ids, mask)
-    assert nll.shape == (3, 5)
-    for b, row in enumerate(rows):
-        for t in range(1, 6):
-            is_target = t < len(row) and (t >= query_lengths[b] or not response_only)
-            expected = -log_softmax(logits[b, t - 1].tolist())[row[t]] if is_target else 0.0
-            assert nll[b, t - 1].item() == pytest.approx(expected, abs=1e-5)
+    before = mask.roll(-1, dims=1)  # the positions that predict them
+    found = sft.TokenLogprobs.apply(logits[before], token_ids[mask], 1.0)[0].tolist()
+    expected = [log_softmax(logits[b, t - 1].tolist())[row[t]] for b, row in enumerate(rows) for t in range(1, len(row))
+                if t >= query_lengths[b] or not response_only]  # fmt: skip
+    assert found == pytest.approx(expected, abs=1e-5)
     assert not mask[:, 0].any() and mask[0, 5]  # EOS is a target
     counted = sft.count_targets(
         {"tokens": rows, "query_tokens": [row[:n] for row, n in zip(rows, query_lengths)]}, response_only
