@@ -518,7 +518,7 @@ class TokenLogprobs(torch.autograd.Function):
             logs = (rows.float() / divisor).log_softmax(-1)  # (64, V)
             probabilities = logs.exp()
             logprobs.append(logs.gather(1, ids[:, None]).squeeze(1))
-            entropies.append(-torch.linalg.vecdot(probabilities, logs))
+            entropies.append(-logs.mul_(probabilities).sum(-1))
             rows.copy_(probabilities)
         ctx.save_for_backward(logits, tokens)
         ctx.divisor, entropies = divisor, torch.cat(entropies)
@@ -1142,7 +1142,9 @@ def main():
     model.eval()  # switches off whatever else acts in training only; dropout is gone already (Detail 7)
     # Detail E (Adam): PyTorch's AdamW, which adds eps after the bias correction; TensorFlow's makes other steps.
     # Detail 20 (settings): eps 1e-5, no gradient clipping, no entropy bonus.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=args.eps, betas=(0.9, 0.999), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.lr, eps=args.eps, betas=(0.9, 0.999), weight_decay=0.01, fused=True
+    )  # fused: in one pass over memory, without temporaries as large as the model
     model, optimizer = accelerator.prepare(model, optimizer)
     frozen = [prepare_frozen(network, args, accelerator) for network in (reference, reward_model)]
     networks = (model, *frozen, tokenizer)

@@ -449,7 +449,7 @@ class TokenLogprobs(torch.autograd.Function):
             logs = (rows.float() / divisor).log_softmax(-1)  # (64, V)
             probabilities = logs.exp()
             logprobs.append(logs.gather(1, ids[:, None]).squeeze(1))
-            entropies.append(-torch.linalg.vecdot(probabilities, logs))
+            entropies.append(-logs.mul_(probabilities).sum(-1))
             rows.copy_(probabilities)
         ctx.save_for_backward(logits, tokens)
         ctx.divisor, entropies = divisor, torch.cat(entropies)
@@ -735,7 +735,9 @@ def main():
     # 4. Model and optimizer.
     model = load_causal_lm(path, config, tokenizer, "--base_model")
     # AdamW: eps 1e-5 rather than PyTorch's 1e-8; betas and weight decay are PyTorch's defaults (Detail 9).
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=args.eps, betas=(0.9, 0.999), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.lr, eps=args.eps, betas=(0.9, 0.999), weight_decay=0.01, fused=True
+    )  # fused: in one pass over memory, without temporaries as large as the model
     model, optimizer = accelerator.prepare(model, optimizer)
     start_records(args, accelerator)
 
