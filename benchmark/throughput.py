@@ -6,17 +6,17 @@ throughput.py: how fast sft.py, reward.py and ppo.py are, and how near that is t
     python benchmark/throughput.py --shape 1b --bf16 --batch 512 --micro_batch 16 --rollout_batch 256 --updates 3
     accelerate launch --config_file FILE benchmark/throughput.py --stage sft --shape 70m
 
-It runs the `main()` of the script itself, with flags, on a model of the shape that is asked for with random weights. The
-script's own functions are timed from outside, update by update; the first update (allocation, caches) is left out.
+It runs the `main()` of the script itself, with flags, on a model of the shape that is asked for, with random weights.
+The script's own functions are timed from outside, update by update; the first update (allocation, caches) is left out.
 
 Posts are those of $TLDR_DIR/posts, with the tokenizer beside them. Without that folder they are made up: one token per
 character, query lengths from a normal distribution of mean 344 and standard deviation 110 between 60 and 512, which is
 about that of the real posts, and summaries of 33 tokens.
 
-How long responses become is a property of the model that is built, for GPT-NeoX shapes: one coordinate of its last hidden
-state is the constant 1, so one entry of the head is a bias of EOS. By default EOS is never sampled, and every response
-has --response_length tokens; with --mean_response 35 every token is EOS with the same probability, such that 35 is the
-mean of the lengths. Other configs sample EOS as their random weights will.
+How long responses become is a property of the model that is built, for GPT-NeoX shapes: one coordinate of its last
+hidden state is the constant 1, so one entry of the head is a bias of EOS. By default EOS is never sampled, and every
+response has --response_length tokens; with --mean_response 35 every token is EOS with the same probability, such that
+35 is the mean of the lengths. Other configs sample EOS as their random weights will.
 
 Needed operations, 2 per multiply and add, for a row of T tokens of which R are the response's:
     F = 2 N T + 2 V d R     one forward pass of the policy: N weights in the matrices of the body, V x d in the head
@@ -35,6 +35,7 @@ import os
 import platform
 import random
 import resource
+import shutil
 import statistics
 import sys
 import time
@@ -80,6 +81,8 @@ def parse_flags():
     add("--bf16", action="store_true")
     add("--min_query", type=int, default=0, help="only posts with at least so many query tokens")
     add("--max_query", type=int, default=512, help="only posts with at most so many query tokens")
+    add("--same_posts", action="store_true", help="as many posts as the batch has rows, evenly spaced in the order of "
+        "their lengths, and no more: every update is the same work")  # fmt: skip
     add("--work_dir", default="runs/throughput", help="where models, posts and output go")
     add("--out", help="JSON file to add the result to, as one entry of a list")
     add("--flags", nargs=argparse.REMAINDER, default=[], help="more flags for the script, at the end of the line")
@@ -106,11 +109,12 @@ def model_config(shape):
     if shape not in SHAPES:
         return AutoConfig.from_pretrained(shape)
     hidden, layers, heads, intermediate = SHAPES[shape]
-    sizes = dict(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=intermediate)
-    return GPTNeoXConfig(**sizes, vocab_size=50304, max_position_embeddings=2048, bos_token_id=0, eos_token_id=0)
+    sizes = dict(hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers)
+    sizes |= dict(num_attention_heads=heads, vocab_size=50304)
+    return GPTNeoXConfig(**sizes, max_position_embeddings=2048, bos_token_id=0, eos_token_id=0)
 
 
-def eos_bias(model, mean_response, response_length):
+def eos_bias(model, num_ids, mean_response, response_length):
     """The EOS logit at which responses have the wanted mean length, the others being random as they are."""
     if mean_response is None:
         return -1000.0  # never
@@ -119,8 +123,8 @@ def eos_bias(model, mean_response, response_length):
         p = (low + high) / 2
         low, high = (p, high) if (1 - (1 - p) ** response_length) / p > mean_response else (low, p)
     weights = model.get_output_embeddings().weight
-    spread = weights[: model.config.vocab_size - 64].std().item() * (weights.shape[1] - 1) ** 0.5 / TEMPERATURE
-    mass = 50276 * torch.tensor(0.5 * spread**2).exp().item()  # of the other tokens: their logits are normal
+    spread = weights[1:num_ids].std().item() * (weights.shape[1] - 1) ** 0.5 / TEMPERATURE
+    mass = (num_ids - 2) * torch.tensor(0.5 * spread**2).exp().item()  # of the other tokens: their logits are normal
     return TEMPERATURE * torch.tensor(p / (1 - p) * mass).log().item()
 
 
@@ -136,7 +140,7 @@ def make_models(args, config, folder):
         norm, head = model.gpt_neox.final_layer_norm, model.get_output_embeddings().weight
         norm.weight[0], norm.bias[0] = 0.0, 1.0  # the constant coordinate
         head[:, 0] = 0.0
-        head[tokenizer.eos_token_id, 0] = eos_bias(model, args.mean_response, args.response_length)
+        head[tokenizer.eos_token_id, 0] = eos_bias(model, len(tokenizer), args.mean_response, args.response_length)
     model.save_pretrained(f"{folder}/sft")
     config.num_labels = 1
     AutoModelForSequenceClassification.from_config(config).save_pretrained(f"{folder}/reward")
@@ -156,18 +160,23 @@ def make_data(args, folder):
         tokenizer, posts = AutoTokenizer.from_pretrained(f"{folder}/sft"), posts.to_list()
         texts = ["".join(ppo.post_parts(row["subreddit"], row["title"], row["post"])) for row in posts]
         lengths = [min(512, len(ids)) for ids in tokenizer(texts)["input_ids"]]
-        posts = [row for row, length in zip(posts, lengths) if args.min_query <= length <= args.max_query]
+        order = sorted(range(len(posts)), key=lambda i: lengths[i])
+        posts = [posts[i] for i in order if args.min_query <= lengths[i] <= args.max_query]
         pairs, source = pairs.to_list(), "TL;DR posts"
     else:
         posts, pairs, source = [], [], "made-up posts, query tokens normal(344, 110) within 60 and 512"
         while len(posts) < 2000:
             length = round(made.gauss(344, 110))
             if max(60, args.min_query) <= length <= min(512, args.max_query):
-                text = "".join(made.choices("abcdefgh ", k=length - len("SUBREDDIT: r/a\n\nTITLE: b\n\nPOST: \n\nTL;DR:")))
+                text = "".join(made.choices("abcdefgh ", k=length - len("".join(ppo.post_parts("a", "b", "")))))
                 row = dict(id=str(len(posts)), subreddit="a", title="b", post=text, summary="c" * 32)
                 posts.append(row)
                 summaries = [dict(text=" " + letter * 32, policy="a", note=None) for letter in "de"]
                 pairs.append(dict(info=row, summaries=summaries, choice=len(posts) % 2, batch="batch0"))
+        posts.sort(key=lambda row: len(row["post"]))
+    if args.same_posts:
+        posts = [posts[int((i + 0.5) * len(posts) / args.batch)] for i in range(args.batch)]
+        source += ", the same in every update"
     write_rows(folder / "posts" / "train.jsonl", posts)
     write_rows(folder / "pairs" / "train.jsonl", pairs)
     return source
@@ -221,7 +230,8 @@ def others_cores(since=None):
     except OSError:
         return None, None
     own = resource.getrusage(resource.RUSAGE_SELF)
-    now = (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK"), own.ru_utime + own.ru_stime, time.perf_counter()
+    busy = (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")  # without idle and iowait
+    now = busy, own.ru_utime + own.ru_stime, time.perf_counter()
     if since is None:
         return now, None
     busy, mine, wall = [after - before for after, before in zip(now, since)]
@@ -247,7 +257,8 @@ def body_weights(config):
     """Weights in the matrices of the body, embeddings left out; counted without memory on the meta device."""
     with torch.device("meta"):
         body = AutoModelForCausalLM.from_config(config).base_model
-    return sum(m.weight.numel() for m in body.modules() if isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D")
+    matrices = [m for m in body.modules() if isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D"]
+    return sum(matrix.weight.numel() for matrix in matrices)
 
 
 def needed_operations(stage, config, rows, epochs, response_only=False):
@@ -294,7 +305,8 @@ def run_script(args, folder):
             columns = batch["row_lengths"], batch["sequence_lengths"] + 1
             update["rows"] = list(zip(*[column.tolist() for column in columns]))
         elif args.stage == "sft":
-            rows = [row for call in inside["summed_nll"] for row in zip(call[2][3]["tokens"], call[2][3]["query_tokens"])]
+            batches = [call[2][3] for call in inside["summed_nll"]]
+            rows = [row for batch in batches for row in zip(batch["tokens"], batch["query_tokens"])]
             update["rows"] = [(len(both), len(both) - len(query)) for both, query in rows]
         else:
             update["rows"] = [(len(row), 0) for call in inside["pad_rows"] for row in call[2][0]]
@@ -316,12 +328,11 @@ def main():
     args = parse_flags()
     command = "python benchmark/throughput.py " + " ".join(sys.argv[1:])
     state = PartialState()
-    folder = Path(args.work_dir).resolve() / f"{Path(args.shape).name}-{args.mean_response or 'full'}-{os.getpid()}"
-    if state.num_processes > 1:
-        folder = folder.with_name(f"{Path(args.shape).name}-{args.mean_response or 'full'}")
+    folder = Path(args.work_dir).resolve() / f"{args.stage}-{Path(args.shape).name}"
     config = model_config(args.shape)
     with state.main_process_first():
         if state.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
             make_models(args, config, folder)
             source = make_data(args, folder)
     peak = matrix_peak(args.bf16)
