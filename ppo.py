@@ -34,6 +34,7 @@ nothing to do with the letters of details.
 """
 
 import copy
+import ctypes
 import glob
 import hashlib
 import json
@@ -261,6 +262,14 @@ def zero_stage(accelerator: Accelerator) -> int:
     """The stage of DeepSpeed's ZeRO: 2 spreads gradients and optimizer over the processes, 3 parameters too; or 0."""
     plugin = accelerator.state.deepspeed_plugin
     return 0 if plugin is None else plugin.zero_stage
+
+
+def keep_freed_memory():
+    """Let the C library keep the memory of freed tensors for the next ones instead of giving it back (Linux, glibc)."""
+    # On a CPU, page faults in fresh memory can take longer than the computation that fills it.
+    if hasattr(ctypes.CDLL(None), "mallopt"):
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, 2**31 - 1)
 
 
 # ---- Data: raw posts -> queries as token ids -------------------------------------------------------------------------
@@ -502,6 +511,13 @@ def model_inputs(token_ids: torch.Tensor, pad_token_id: int) -> dict:
     return dict(input_ids=input_ids, attention_mask=attention_mask.long(), position_ids=position_ids)
 
 
+def causal_inputs(token_ids: torch.Tensor, pad_token_id: int) -> dict:
+    """The same for a full pass over ids (B, T) padded on the RIGHT only, which needs neither mask nor positions."""
+    # Causal attention never sees what comes later. Told so by the missing mask, it computes the half below the diagonal
+    # only, and no (B, T, T) mask is made.
+    return dict(input_ids=token_ids.masked_fill(token_ids == pad_token_id, 0), use_cache=False)
+
+
 def save_model(model, weights: dict, tokenizer, padding_side: str, output_dir: str):
     """Write OUTPUT_DIR/model (safetensors, config, tokenizer), complete in itself, whole or not at all."""
     temporary, final = os.path.join(output_dir, "model.tmp"), os.path.join(output_dir, "model")
@@ -530,33 +546,93 @@ class ScalarModel(nn.Module):
         nn.init.constant_(self.head.bias, -getattr(classifier.config, "normalization_offset", 0.0))
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
-        hidden = self.body(**model_inputs(token_ids, self.pad_token_id), use_cache=False).last_hidden_state  # (B, T, d)
+        hidden = self.body(**causal_inputs(token_ids, self.pad_token_id)).last_hidden_state  # (B, T, d)
         return self.head(hidden).squeeze(-1).float()  # (B, T)
 
 
-def response_logits(policy, query_responses: torch.Tensor, num_tokens: int, pad_token_id: int) -> torch.Tensor:
-    """The logits (B, R', V) that predict the last R' = `num_tokens` tokens of padded ids (B, Q + R')."""
-    # The logits at a position predict the NEXT token: one more position is kept than there are response tokens, and the
-    # last is dropped. Those of the prompt, nine in ten, are never computed.
-    inputs = model_inputs(query_responses, pad_token_id)
-    return policy(**inputs, use_cache=False, logits_to_keep=num_tokens + 1).logits[:, :-1]
+class TokenLogprobs(torch.autograd.Function):
+    """
+    Logits (N, V), tokens (N,) -> the log-probability of each token under softmax(logits / divisor), and the entropy of
+    each distribution, in nats, without a gradient: (N,) each.
+
+    With plain functions, half a dozen tensors as large as the logits come to be. Here there is that one: it is
+    overwritten by the probabilities, which are all that the backward pass needs, and these there by the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: torch.Tensor, tokens: torch.Tensor, divisor: float):
+        logprobs, entropies = [], []
+        for rows, ids in zip(logits.split(64), tokens.split(64)):  # fp32 for a few rows at a time, in the CPU's cache
+            logs = (rows.float() / divisor).log_softmax(-1)  # (64, V)
+            probabilities = logs.exp()
+            logprobs.append(logs.gather(1, ids[:, None]).squeeze(1))
+            entropies.append(-logs.mul_(probabilities).sum(-1))
+            rows.copy_(probabilities)
+        ctx.save_for_backward(logits, tokens)
+        ctx.divisor, entropies = divisor, torch.cat(entropies)
+        ctx.mark_non_differentiable(entropies)
+        return torch.cat(logprobs), entropies
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor, _):
+        probabilities, tokens = ctx.saved_tensors
+        grad = (grad / ctx.divisor).to(probabilities.dtype)[:, None]  # (N, 1)
+        # The gradient of log p(token) with respect to the logits: 1 at the token, minus p everywhere.
+        return probabilities.mul_(-grad).scatter_add_(1, tokens[:, None], grad), None, None
+
+
+def join_rows(queries: torch.Tensor, responses: torch.Tensor, pad_token_id: int):
+    """
+    Queries (B, Q), padded on the left, and responses (B, R), on the right -> rows (B, T) padded on the right only; and
+    for every response token the position before it (B, R), where it is predicted from and its value is read.
+
+    >>> join_rows(torch.tensor([[9, 9, 5], [6, 7, 8]]), torch.tensor([[3, 4], [3, 9]]), pad_token_id=9)
+    (tensor([[5, 3, 4, 9],
+            [6, 7, 8, 3]]), tensor([[0, 1],
+            [2, 3]]))
+    """
+    token_ids = torch.cat([queries, responses], dim=1)  # (B, Q + R)
+    is_pad = token_ids == pad_token_id
+    width = int((~is_pad).sum(1).max())  # T, the tokens of the longest row
+    token_ids = token_ids.gather(1, is_pad.byte().argsort(dim=1, stable=True)[:, :width])  # (B, T), the pads last
+    index = torch.arange(responses.shape[1], device=responses.device)  # (R,)
+    return token_ids, ((queries != pad_token_id).sum(1, keepdim=True) - 1 + index).clamp(max=width - 1)
+
+
+def response_logprobs(policy, token_ids, before, responses: torch.Tensor, pad_token_id: int, temperature: float):
+    """
+    Log-probability of each response token under the distribution that it was sampled from, INVALID_LOGPROB after the
+    end, and the entropy of that, 0 after the end: (B, R) each. Rows (B, T) and `before` (B, R) as `join_rows` gives.
+    """
+    valid = responses != pad_token_id  # (B, R)
+    # The logits at a position predict the NEXT token. Those of the prompt, nine in ten, are never computed, nor those
+    # of the padding.
+    keep = torch.zeros_like(token_ids, dtype=torch.bool).scatter(1, before, valid)  # (B, T)
+    logits = policy(**causal_inputs(token_ids, pad_token_id), logits_to_keep=keep).logits  # (N, V), N valid tokens
+    # Detail T (temperature): the logits are divided by the sampling temperature, for policy and reference, in rollout
+    # and training. Without it the ratios would be those of a distribution that nothing was sampled from.
+    results = TokenLogprobs.apply(logits, responses[valid], temperature + 1e-7)  # (N,) each
+    fillers = [torch.full(valid.shape, filler, device=valid.device) for filler in (INVALID_LOGPROB, 0.0)]
+    return [filler.masked_scatter(valid, result) for filler, result in zip(fillers, results)]
 
 
 class PolicyAndValue(nn.Module):
     """
     The two trained networks as one module, so that DDP and DeepSpeed wrap, prepare and step them together.
 
-    Padded ids (B, Q + R'), R' -> logits of the response (B, R', V); values before each of its tokens and after the last
-    (B, R' + 1).
+    Queries (B, Q), padded on the left, and responses (B, R), on the right -> logprobs and entropies of the response's
+    tokens (see `response_logprobs`) and the values before each of them: (B, R) each.
     """
 
     def __init__(self, policy, value_model: ScalarModel):
         super().__init__()
         self.policy, self.value_model = policy, value_model
 
-    def forward(self, query_responses: torch.Tensor, num_tokens: int):
-        logits = response_logits(self.policy, query_responses, num_tokens, self.value_model.pad_token_id)
-        return logits, self.value_model(query_responses)[:, -num_tokens - 1 :]
+    def forward(self, queries: torch.Tensor, responses: torch.Tensor, temperature: float):
+        pad = self.value_model.pad_token_id
+        token_ids, before = join_rows(queries, responses, pad)
+        logprobs, entropies = response_logprobs(self.policy, token_ids, before, responses, pad, temperature)
+        return logprobs, entropies, self.value_model(token_ids).gather(1, before)
 
 
 def load_reward_model(path: str, tokenizer) -> ScalarModel:
@@ -615,21 +691,6 @@ def linear_factor(update: int, num_updates: int, warm_up_steps: int) -> float:
     if update < warm_up_steps:
         return update / warm_up_steps
     return 1.0 - (update - warm_up_steps) / max(1, num_updates - warm_up_steps)
-
-
-def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Log-probability of each token (B, R) under the distribution it was sampled from, given by logits (B, R, V)."""
-    # Detail T (temperature): the logits are divided by the sampling temperature, for policy and reference, in rollout
-    # and training. Without it the ratios would be those of a distribution that nothing was sampled from.
-    scaled = logits.float() / (temperature + 1e-7)
-    return -F.cross_entropy(scaled.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
-
-
-@torch.no_grad()
-def token_entropies(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Entropy in nats of the distribution that each token is sampled from: logits (B, R, V) -> (B, R)."""
-    rows = [(row.float() / (temperature + 1e-7)).log_softmax(-1) for row in logits]  # each (R, V)
-    return torch.stack([-(row.exp() * row).sum(-1) for row in rows])
 
 
 def response_masks(responses: torch.Tensor, pad_token_id: int):
@@ -768,50 +829,12 @@ def generate(model, queries: torch.Tensor, response_length: int, temperature: fl
     return responses
 
 
-@torch.no_grad()
-def score_responses(args, accelerator: Accelerator, networks, queries: torch.Tensor, responses: torch.Tensor) -> dict:
-    """
-    What the four networks say of queries (B, Q), left-padded, and responses (B, R), with [PAD] after EOS: logprobs and
-    ref_logprobs (B, R), INVALID_LOGPROB after the end; values (B, R), 0 from two after the end on; scores (B,).
-    """
-    model, reference, reward_model, tokenizer = *networks[:3], networks[-1]
-    pad, full = tokenizer.pad_token_id, responses.shape[1]
-    sequence_lengths, padding_mask, padding_mask_p1 = response_masks(responses, pad)
-    # Detail V (values of what was sampled): no value depends on tokens after it, and the last one used, at EOS + 1, has
-    # read up to EOS. So the values before and after truncation are the same, and the longest response is wide enough.
-    width = int(sequence_lengths.max()) + 1  # R'
-    query_responses = torch.cat([queries, responses[:, :width]], dim=1)  # (B, Q + R')
-    tokens = responses[:, :width].masked_fill(padding_mask[:, :width], 0)  # (B, R'); any id will do where there is none
-
-    def widened(rows, fill, mask):  # (B, about R') -> (B, R), `fill` where the mask is True or nothing was computed
-        return F.pad(rows[:, :full], (0, max(0, full - rows.shape[1]))).masked_fill(mask, fill)
-
-    with accelerator.autocast():
-        # Detail P (old logprobs): from a full forward pass, the computation that training makes too, not from sampling,
-        # whose KV cache rounds differently. The first ratios are 1 to 5e-6 in fp32. In bf16 they are on average only:
-        # the batches of training have other shapes, and so round differently.
-        logits, values = accelerator.unwrap_model(model)(query_responses, width)
-        logprobs = token_logprobs(logits, tokens, args.temperature)  # (B, R')
-        ref_logits = response_logits(reference, query_responses, width, pad)  # (B, R', V)
-        ref_logprobs = token_logprobs(ref_logits, tokens, args.temperature)  # (B, R')
-        outputs = reward_model(query_responses)  # (B, Q + R')
-    # Detail 12 (reward at EOS): read at the last token of the response. Looking for the first [PAD] of the row instead
-    # would find the left padding of the query.
-    scores = outputs.gather(1, queries.shape[1] + sequence_lengths[:, None]).squeeze(1)  # (B,)
-    logprobs = widened(logprobs, INVALID_LOGPROB, padding_mask)
-    ref_logprobs = widened(ref_logprobs, INVALID_LOGPROB, padding_mask)
-    return dict(
-        logprobs=logprobs, ref_logprobs=ref_logprobs, values=widened(values, 0.0, padding_mask_p1), scores=scores
-    )
-
-
-def rollout(args, accelerator: Accelerator, networks, query_tokens: list, temperature: float, size: int, key: int):
-    """Sample and score one response to each query, `size` at a time: see `score_responses`, plus queries, responses."""
+def sample_responses(args, accelerator: Accelerator, networks, query_tokens: list, temperature: float, size: int, key):
+    """Sample one response to each query, `size` at a time: queries (B, Q), left-padded, and responses (B, R)."""
     networks[0].eval()  # in training mode, gradient checkpointing would switch the KV cache off
-    tokenizer = networks[-1]
     policy = whole_model(accelerator.unwrap_model(networks[0]).policy, networks[3], accelerator)
+    tokenizer = networks[-1]
     pad, width = tokenizer.pad_token_id, max(len(ids) for ids in query_tokens)  # Q
-    move_frozen(networks, args, accelerator, accelerator.device)
     # Every process samples with a seed of its own (while all share the order of the data), and anew for every key: what
     # is sampled in an update depends on seed, process and update alone, not on what ran before.
     seeds = np.random.SeedSequence([args.seed + 100003 * accelerator.process_index, key])
@@ -822,52 +845,92 @@ def rollout(args, accelerator: Accelerator, networks, query_tokens: list, temper
         queries = pad_rows([query_tokens[i] for i in order[start : start + size]], pad, "left", accelerator.device)
         with accelerator.autocast():
             responses = generate(policy, queries, args.response_length, temperature, tokenizer, generator)
-        part = score_responses(args, accelerator, networks, queries, responses)
-        queries = F.pad(queries, (width - queries.shape[1], 0), value=pad)  # (b, Q), as wide as those of all chunks
-        parts.append(part | {"queries": queries, "responses": responses})
-    move_frozen(networks, args, accelerator, "cpu")
+        parts.append((F.pad(queries, (width - queries.shape[1], 0), value=pad), responses))  # all chunks as wide
     back = torch.tensor(np.argsort(order, kind="stable"), device=accelerator.device)  # to the order of the data again
-    batch = {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
-    batch["raw_scores"] = batch["scores"]
-    eos, penalty = tokenizer.eos_token_id, args.missing_eos_penalty
-    batch["scores"] = final_scores(batch["raw_scores"], batch["responses"], eos, penalty)
-    return batch
+    return [torch.cat(column)[back] for column in zip(*parts)]
 
 
-def share_rollout(batch: dict, pad_token_id: int, accelerator: Accelerator) -> dict:
-    """The rollouts of all processes as one global batch, the same on each of them, with masks."""
-    queries = accelerator.pad_across_processes(batch["queries"], dim=1, pad_index=pad_token_id, pad_first=True)
-    batch = {name: accelerator.gather(value) for name, value in (batch | {"queries": queries}).items()}
-    masks = response_masks(batch["responses"], pad_token_id)
-    return batch | dict(zip(("sequence_lengths", "padding_mask", "padding_mask_p1"), masks))
+@torch.no_grad()
+def reward_scores(reward_model, queries: torch.Tensor, responses: torch.Tensor, pad_token_id: int) -> torch.Tensor:
+    """The reward model's scores (B,) of queries (B, Q), left-padded, with responses (B, R), right-padded."""
+    token_ids, _ = join_rows(queries, responses, pad_token_id)  # (B, T)
+    # Detail 12 (reward at EOS): read at the last token of the response. Looking for the first [PAD] of the row instead
+    # would find the left padding of the query, where there is any.
+    return reward_model(token_ids).gather(1, (token_ids != pad_token_id).sum(1, keepdim=True) - 1).squeeze(1)
+
+
+@torch.no_grad()
+def score_responses(args, accelerator: Accelerator, networks, queries: torch.Tensor, responses: torch.Tensor) -> dict:
+    """
+    What the four networks say of queries (B, Q), left-padded, and responses (B, R), with [PAD] after EOS: logprobs and
+    ref_logprobs (B, R), INVALID_LOGPROB after the end; values (B, R), 0 from two after the end on; raw_scores (B,).
+    """
+    model, reference, reward_model = networks[:3]
+    pad = networks[-1].pad_token_id
+    token_ids, before = join_rows(queries, responses, pad)
+    with accelerator.autocast():
+        # Detail P (old logprobs): from a full forward pass, the computation that training makes too, not from sampling,
+        # whose KV cache rounds differently.
+        logprobs, _, values = accelerator.unwrap_model(model)(queries, responses, args.temperature)  # (B, R) each
+        ref_logprobs, _ = response_logprobs(reference, token_ids, before, responses, pad, args.temperature)
+        scores = reward_scores(reward_model, queries, responses, pad)
+    # Detail V (values of what was sampled): no value depends on tokens after it, and the last one used, at EOS + 1, has
+    # read up to EOS. So the values before and after truncation are the same.
+    values = values.masked_fill(response_masks(responses, pad)[2], 0.0)
+    return dict(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, raw_scores=scores)
+
+
+def rollout(args, accelerator: Accelerator, networks, query_tokens: list, size: int, update: int) -> dict:
+    """
+    Sample one response to each query of this process, and score those of all: the global batch, the same on every
+    process, with queries (B, Q), responses (B, R), their masks, scores (B,), and what `score_responses` gives.
+    """
+    tokenizer = networks[-1]
+    pad = tokenizer.pad_token_id
+    sampled = sample_responses(args, accelerator, networks, query_tokens, args.temperature, size, update)
+    queries = accelerator.pad_across_processes(sampled[0], dim=1, pad_index=pad, pad_first=True)
+    batch = {"queries": accelerator.gather(queries), "responses": accelerator.gather(sampled[1])}
+    masks = response_masks(batch["responses"], pad)
+    batch |= dict(zip(("sequence_lengths", "padding_mask", "padding_mask_p1"), masks))
+    batch["row_lengths"] = (batch["queries"] != pad).sum(1) + (batch["responses"] != pad).sum(1)  # (B,), tokens
+    # Scored in the very micro-batches of the first epoch: what has the same shape rounds in the same way. The ratios of
+    # the first optimizer step are 1 therefore, in bf16 as well, where another shape would move them by a tenth or more.
+    move_frozen(networks, args, accelerator, accelerator.device)
+    dealt, parts, lengths = [], [], batch["row_lengths"].cpu().numpy()
+    for minibatch in draw_minibatches(args, len(lengths), update, epoch=0):
+        for mine in deal_micro_batches(minibatch, lengths, args.local_micro_batch_size, accelerator):
+            queries, responses = batch["queries"][mine], batch["responses"][mine]
+            parts.append(score_responses(args, accelerator, networks, queries, responses))
+            dealt.extend(mine)
+    move_frozen(networks, args, accelerator, "cpu")
+    back = accelerator.gather(torch.tensor(dealt, device=accelerator.device)).argsort()  # to the batch's order again
+    batch |= {name: accelerator.gather(torch.cat([part[name] for part in parts]))[back] for name in parts[0]}
+    scores = final_scores(batch["raw_scores"], batch["responses"], tokenizer.eos_token_id, args.missing_eos_penalty)
+    return batch | {"scores": scores}
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------
-def micro_batch_losses(args, model, batch: dict, rows: np.ndarray, pad: int) -> dict:
+def draw_minibatches(args, num_rows: int, update: int, epoch: int) -> list[np.ndarray]:
+    """The row numbers of the minibatches of one epoch over the global batch, the same on every process."""
+    permutation = np.random.default_rng([args.seed, update, epoch]).permutation(num_rows)
+    # Sorted, so that the micro-batches cut from a minibatch do not depend on the order in which its rows were drawn.
+    return [np.sort(rows) for rows in np.split(permutation, args.num_mini_batches)]
+
+
+def micro_batch_losses(args, model, batch: dict, rows: np.ndarray) -> dict:
     """Losses and statistics of some rows of the global batch, as SUMS over their valid tokens, to be divided later."""
     part = {name: value[rows] for name, value in batch.items()}
-    width = int(part["sequence_lengths"].max()) + 1  # R', the longest response here
-    first_column = int((part["queries"] != pad).any(0).int().argmax())  # left padding that no row here needs
-    responses, padding_mask = part["responses"][:, :width], part["padding_mask"][:, :width]
-    query_responses = torch.cat([part["queries"][:, first_column:], responses], dim=1)  # (B, Q + R')
-
-    logits, values = model(query_responses, width)  # (B, R', V), (B, R' + 1)
-    logprobs = token_logprobs(logits, responses.masked_fill(padding_mask, 0), args.temperature)
-    logprobs = logprobs.masked_fill(padding_mask, INVALID_LOGPROB)  # (B, R')
-    old_logprobs, advantages = part["logprobs"][:, :width], part["advantages"][:, :width]
-    pg_losses, ratio, pg_clipped = policy_loss(logprobs, old_logprobs, advantages, args.cliprange)
-    # One value more than tokens, at EOS + 1; where the response takes up the full length there is no room for it.
-    old_values, returns, mask_p1 = [part[name][:, : width + 1] for name in ("values", "returns", "padding_mask_p1")]
-    values = values[:, : old_values.shape[1]]
-    vf_losses, vf_clipped = value_loss(values, old_values, returns, args.cliprange_value)
+    logprobs, entropies, values = model(part["queries"], part["responses"], args.temperature)  # (B, R) each
+    pg_losses, ratio, pg_clipped = policy_loss(logprobs, part["logprobs"], part["advantages"], args.cliprange)
+    vf_losses, vf_clipped = value_loss(values, part["values"], part["returns"], args.cliprange_value)
 
     # Detail W (valid tokens): every sum is over real tokens. A mean that counts padding is diluted by 53 / length.
-    valid, valid_p1 = ~padding_mask, ~mask_p1
+    valid, valid_p1 = ~part["padding_mask"], ~part["padding_mask_p1"]
     with torch.no_grad():
         stats = {
-            "approxkl": (0.5 * (logprobs - old_logprobs) ** 2)[valid].sum(),
+            "approxkl": (0.5 * (logprobs - part["logprobs"]) ** 2)[valid].sum(),
             "clipfrac": pg_clipped[valid].sum(),
-            "entropy": token_entropies(logits, args.temperature)[valid].sum(),
+            "entropy": entropies[valid].sum(),
             "ratio": ratio[valid].sum(),
             "ratio_sq": (ratio[valid] ** 2).sum(),
             "value_clipfrac": vf_clipped[valid_p1].sum(),
@@ -888,20 +951,19 @@ def gradient_norm(model, accelerator: Accelerator):
     return accelerator.clip_grad_norm_(model.parameters(), math.inf)
 
 
-def ppo_update(args, accelerator: Accelerator, model, optimizer, batch: dict, pad: int, update: int) -> dict:
+def ppo_update(args, accelerator: Accelerator, model, optimizer, batch: dict, update: int) -> dict:
     """All epochs and minibatches of PPO on one global batch; returns the statistics of the update as floats."""
-    lengths = ((batch["queries"] != pad).sum(1) + batch["sequence_lengths"]).cpu().numpy()  # (B,)
+    lengths, micro = batch["row_lengths"].cpu().numpy(), args.local_micro_batch_size
     steps, grad_norms, first_deviation = [], [], torch.zeros((), device=accelerator.device)
     model.train(args.gradient_checkpointing)  # which acts in training mode only; dropout is gone in both (Detail 7)
     for epoch in range(args.num_ppo_epochs):
-        permutation = np.random.default_rng([args.seed, update, epoch]).permutation(len(lengths))
-        for minibatch in np.split(permutation, args.num_mini_batches):
+        for minibatch in draw_minibatches(args, len(lengths), update, epoch):
             num_tokens = (~batch["padding_mask"][minibatch]).sum()
             num_values = (~batch["padding_mask_p1"][minibatch]).sum()
             sums = defaultdict(float)
-            for mine in deal_micro_batches(minibatch, lengths, args.local_micro_batch_size, accelerator):
+            for mine in deal_micro_batches(minibatch, lengths, micro, accelerator):
                 with accelerator.accumulate(model):
-                    stats = micro_batch_losses(args, model, batch, mine, pad)
+                    stats = micro_batch_losses(args, model, batch, mine)
                     loss = stats["policy"] / num_tokens + args.vf_coef * stats["value"] / num_values
                     # accelerate divides by the accumulation steps and averages over the processes; both are undone, so
                     # that the gradient is that of the mean over the minibatch, however it is cut.
@@ -989,11 +1051,11 @@ def train(args, accelerator: Accelerator, networks, optimizer, posts, batch_size
         mine = rows[accelerator.process_index * local : (accelerator.process_index + 1) * local]
         begin = time.time()
         size = args.local_rollout_forward_batch_size
-        batch = rollout(args, accelerator, networks, posts[mine]["query_tokens"], args.temperature, size, update)
-        batch = compute_advantages(share_rollout(batch, tokenizer.pad_token_id, accelerator), args)
+        batch = rollout(args, accelerator, networks, posts[mine]["query_tokens"], size, update)
+        batch = compute_advantages(batch, args)
         samples, middle = rollout_metrics(batch, args, tokenizer.eos_token_id), time.time()
         check_finite(samples, f"the rollout of update {update + 1}")  # before it can spoil the networks
-        stats = ppo_update(args, accelerator, model, optimizer, batch, tokenizer.pad_token_id, update)
+        stats = ppo_update(args, accelerator, model, optimizer, batch, update)
         episode, now = (update + 1) * batch_size, time.time()
         metrics = {"episode": episode, "epoch": episode / len(posts)}
         metrics |= samples | stats | {"lr": lr, "eps": (episode - updates.start * batch_size) / (now - started)}
@@ -1139,6 +1201,7 @@ def show_samples(samples: list[dict], title: str):
         tqdm.write(f"    reference {sample['reference'].strip()!r}")
 
 
+@torch.no_grad()
 def evaluation_samples(args, accelerator: Accelerator, networks, posts) -> list[tuple]:
     """A response to each of this process's posts, with the scores of response and reference (see `evaluate`)."""
     tokenizer, samples, size = networks[-1], [], args.local_eval_batch_size
@@ -1150,16 +1213,25 @@ def evaluation_samples(args, accelerator: Accelerator, networks, posts) -> list[
     for start in tqdm(starts, desc="evaluation", disable=not accelerator.is_main_process):
         numbers = mine[start : start + size]
         rows = posts[numbers if len(numbers) else [0]]
-        batch = rollout(args, accelerator, networks, rows["query_tokens"], args.eval_temperature, size, start)
+        sampled = (rows["query_tokens"], args.eval_temperature, size, start)
+        queries, responses = sample_responses(args, accelerator, networks, *sampled)  # (B, Q), (B, R)
         references = [tokens[len(query) :] for tokens, query in zip(rows["tokens"], rows["query_tokens"])]
-        references = pad_rows(references, pad, "right", accelerator.device)  # (B, R)
+        references = pad_rows(references, pad, "right", accelerator.device)  # (B, about R)
         move_frozen(networks, args, accelerator, accelerator.device)
-        reference_scores = score_responses(args, accelerator, networks, batch["queries"], references)["scores"]
+        token_ids, before = join_rows(queries, responses, pad)
+        with accelerator.autocast():
+            scores, reference_scores = [reward_scores(networks[2], queries, r, pad) for r in (responses, references)]
+            # Of the distributions at --temperature, at which the policy was trained.
+            logprobs, ref_logprobs = [
+                response_logprobs(policy, token_ids, before, responses, pad, args.temperature)[0]
+                for policy in (accelerator.unwrap_model(networks[0]).policy, networks[1])
+            ]
         move_frozen(networks, args, accelerator, "cpu")
-        texts = [text.strip() for text in tokenizer.batch_decode(batch["responses"], skip_special_tokens=True)]
-        kl = (batch["logprobs"] - batch["ref_logprobs"]).sum(1)  # (B,), of the distributions at --temperature
-        lengths, ended = (batch["responses"] != pad).sum(1), (batch["responses"] == eos).any(1)
-        columns = [column.tolist() for column in (batch["scores"], reference_scores, kl, lengths, ended)]
+        scores = final_scores(scores, responses, eos, args.missing_eos_penalty)
+        texts = [text.strip() for text in tokenizer.batch_decode(responses, skip_special_tokens=True)]
+        kl = (logprobs - ref_logprobs).sum(1)  # (B,)
+        lengths, ended = (responses != pad).sum(1), (responses == eos).any(1)
+        columns = [column.tolist() for column in (scores, reference_scores, kl, lengths, ended)]
         found = zip(rows["id"], rows["query"], texts, map(str.strip, rows["reference"]), *columns)
         samples += list(found)[: len(numbers)]
     return samples
@@ -1341,7 +1413,7 @@ def restore_parameters(model, manifest: dict):
 def restore_optimizer(model, optimizer, manifest: dict, accelerator: Accelerator):
     """Load AdamW's state (and ZeRO's fp32 masters, exactly) from a checkpoint, after accelerator.prepare."""
     parameters = dict(accelerator.unwrap_model(model).named_parameters())
-    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    deepspeed, steps = accelerator.distributed_type == DistributedType.DEEPSPEED, manifest["adam_steps"]
     if deepspeed:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
@@ -1349,7 +1421,7 @@ def restore_optimizer(model, optimizer, manifest: dict, accelerator: Accelerator
         zero, stage = optimizer.optimizer, zero_stage(accelerator)
         for flat in zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups:
             moments = dict(exp_avg=torch.zeros_like(flat), exp_avg_sq=torch.zeros_like(flat))
-            zero.optimizer.state[flat] = dict(step=torch.tensor(float(manifest["adam_steps"])), **moments)
+            zero.optimizer.state[flat] = dict(step=torch.tensor(float(steps), device=flat.device), **moments)
         if stage < 3:
             zero._lazy_init_hp_params_optimizer_state()
         for name, value in checkpoint_tensors(manifest, "parameter"):
@@ -1361,7 +1433,7 @@ def restore_optimizer(model, optimizer, manifest: dict, accelerator: Accelerator
                 safe_set_full_optimizer_state(parameter, value, kind)
             else:
                 state = optimizer.state[parameter]
-                state["step"], state[kind] = torch.tensor(float(manifest["adam_steps"])), value
+                state["step"], state[kind] = torch.tensor(float(steps), device=value.device), value
 
 
 def save_or_stop(args, accelerator: Accelerator, model, optimizer, update: int, num_updates: int, steps: int, stop):
@@ -1413,6 +1485,7 @@ def main():
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     accelerator = start_accelerator(args)
+    keep_freed_memory()
     torch.manual_seed(args.seed)
 
     # 2. Sizes: minibatch = micro-batch x accumulation x processes, batch = minibatch x minibatches.
@@ -1450,7 +1523,9 @@ def main():
         restore_parameters(model, checkpoint)
     # Detail E (Adam): PyTorch's AdamW, which adds eps after the bias correction; TensorFlow's makes other steps.
     # Detail 20 (settings): eps 1e-5, no gradient clipping, no entropy bonus.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=args.eps, betas=(0.9, 0.999), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.lr, eps=args.eps, betas=(0.9, 0.999), weight_decay=0.01, fused=True
+    )  # fused: in one pass over memory, without temporaries as large as the model
     model, optimizer = accelerator.prepare(model, optimizer)
     frozen = [prepare_frozen(network, args, accelerator) for network in (reference, reward_model)]
     networks = (model, *frozen, spare, tokenizer)

@@ -24,6 +24,7 @@ chosen ones first), T tokens of a padded row.
 """
 
 import copy
+import ctypes
 import glob
 import hashlib
 import json
@@ -229,6 +230,14 @@ def zero_stage(accelerator: Accelerator) -> int:
     """The stage of DeepSpeed's ZeRO: 2 spreads gradients and optimizer over the processes, 3 parameters too; or 0."""
     plugin = accelerator.state.deepspeed_plugin
     return 0 if plugin is None else plugin.zero_stage
+
+
+def keep_freed_memory():
+    """Let the C library keep the memory of freed tensors for the next ones instead of giving it back (Linux, glibc)."""
+    # On a CPU, page faults in fresh memory can take longer than the computation that fills it.
+    if hasattr(ctypes.CDLL(None), "mallopt"):
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, 2**31 - 1)
 
 
 # ---- Data: raw rows -> queries and responses as token ids ------------------------------------------------------------
@@ -542,6 +551,13 @@ def model_inputs(token_ids: torch.Tensor, pad_token_id: int) -> dict:
     return dict(input_ids=input_ids, attention_mask=attention_mask.long(), position_ids=position_ids)
 
 
+def causal_inputs(token_ids: torch.Tensor, pad_token_id: int) -> dict:
+    """The same for a full pass over ids (B, T) padded on the RIGHT only, which needs neither mask nor positions."""
+    # Causal attention never sees what comes later. Told so by the missing mask, it computes the half below the diagonal
+    # only, and no (B, T, T) mask is made.
+    return dict(input_ids=token_ids.masked_fill(token_ids == pad_token_id, 0), use_cache=False)
+
+
 def last_token_index(token_ids: torch.Tensor, pad_token_id: int) -> torch.Tensor:
     """
     Index of the last token that is not [PAD] in each row of (B, T), whichever side is padded -> (B,).
@@ -579,8 +595,10 @@ class RewardModel(nn.Module):
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         pad = self.classifier.config.pad_token_id
-        inputs = model_inputs(token_ids, pad)
-        hidden = self.classifier.base_model(**inputs, use_cache=False).last_hidden_state  # (B, T, d)
+        # Left padding occurs only where scores under it are asked for: it costs an attention mask.
+        on_the_right = bool((token_ids[:, 0] != pad).all())
+        inputs = causal_inputs(token_ids, pad) if on_the_right else model_inputs(token_ids, pad) | {"use_cache": False}
+        hidden = self.classifier.base_model(**inputs).last_hidden_state  # (B, T, d)
         # Detail 13 (other positions): only the output at EOS is trained and read. What the head says elsewhere is
         # mostly negative and means nothing, so it is not even computed.
         rows = torch.arange(len(token_ids), device=token_ids.device)
@@ -1164,7 +1182,7 @@ def restore_parameters(model, manifest: dict):
 def restore_optimizer(model, optimizer, manifest: dict, accelerator: Accelerator):
     """Load AdamW's state (and ZeRO's fp32 masters, exactly) from a checkpoint, after accelerator.prepare."""
     parameters = dict(accelerator.unwrap_model(model).named_parameters())
-    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    deepspeed, steps = accelerator.distributed_type == DistributedType.DEEPSPEED, manifest["adam_steps"]
     if deepspeed:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
@@ -1172,7 +1190,7 @@ def restore_optimizer(model, optimizer, manifest: dict, accelerator: Accelerator
         zero, stage = optimizer.optimizer, zero_stage(accelerator)
         for flat in zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups:
             moments = dict(exp_avg=torch.zeros_like(flat), exp_avg_sq=torch.zeros_like(flat))
-            zero.optimizer.state[flat] = dict(step=torch.tensor(float(manifest["adam_steps"])), **moments)
+            zero.optimizer.state[flat] = dict(step=torch.tensor(float(steps), device=flat.device), **moments)
         if stage < 3:
             zero._lazy_init_hp_params_optimizer_state()
         for name, value in checkpoint_tensors(manifest, "parameter"):
@@ -1184,7 +1202,7 @@ def restore_optimizer(model, optimizer, manifest: dict, accelerator: Accelerator
                 safe_set_full_optimizer_state(parameter, value, kind)
             else:
                 state = optimizer.state[parameter]
-                state["step"], state[kind] = torch.tensor(float(manifest["adam_steps"])), value
+                state["step"], state[kind] = torch.tensor(float(steps), device=value.device), value
 
 
 def save_or_stop(args, accelerator: Accelerator, model, optimizer, update: int, num_updates: int, steps: int, stop):
@@ -1233,6 +1251,7 @@ def main():
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     accelerator = start_accelerator(args)
+    keep_freed_memory()
     torch.manual_seed(args.seed)
 
     # 2. Tokenizer and data.
@@ -1268,7 +1287,9 @@ def main():
     if checkpoint:
         restore_parameters(model, checkpoint)
     # AdamW: eps 1e-5 rather than PyTorch's 1e-8; betas and weight decay are PyTorch's defaults (Detail 10).
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=args.eps, betas=(0.9, 0.999), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.lr, eps=args.eps, betas=(0.9, 0.999), weight_decay=0.01, fused=True
+    )  # fused: in one pass over memory, without temporaries as large as the model
     model, optimizer = accelerator.prepare(model, optimizer)
     if checkpoint:
         restore_optimizer(model, optimizer, checkpoint, accelerator)

@@ -25,6 +25,7 @@ Letters in shape comments: B rows of a batch, T tokens of a padded row, Q query 
 """
 
 import copy
+import ctypes
 import glob
 import hashlib
 import json
@@ -45,7 +46,6 @@ from typing import Literal, Optional
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 import transformers
 import tyro
 import wandb
@@ -221,6 +221,14 @@ def zero_stage(accelerator: Accelerator) -> int:
     """The stage of DeepSpeed's ZeRO: 2 spreads gradients and optimizer over the processes, 3 parameters too; or 0."""
     plugin = accelerator.state.deepspeed_plugin
     return 0 if plugin is None else plugin.zero_stage
+
+
+def keep_freed_memory():
+    """Let the C library keep the memory of freed tensors for the next ones instead of giving it back (Linux, glibc)."""
+    # On a CPU, page faults in fresh memory can take longer than the computation that fills it.
+    if hasattr(ctypes.CDLL(None), "mallopt"):
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, 2**31 - 1)
 
 
 # ---- Data: raw posts -> queries and responses as token ids -----------------------------------------------------------
@@ -462,6 +470,44 @@ def model_inputs(token_ids: torch.Tensor, pad_token_id: int) -> dict:
     return dict(input_ids=input_ids, attention_mask=attention_mask.long(), position_ids=position_ids)
 
 
+def causal_inputs(token_ids: torch.Tensor, pad_token_id: int) -> dict:
+    """The same for a full pass over ids (B, T) padded on the RIGHT only, which needs neither mask nor positions."""
+    # Causal attention never sees what comes later. Told so by the missing mask, it computes the half below the diagonal
+    # only, and no (B, T, T) mask is made.
+    return dict(input_ids=token_ids.masked_fill(token_ids == pad_token_id, 0), use_cache=False)
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """
+    Logits (N, V), tokens (N,) -> the log-probability of each token under softmax(logits / divisor), and the entropy of
+    each distribution, in nats, without a gradient: (N,) each.
+
+    With plain functions, half a dozen tensors as large as the logits come to be. Here there is that one: it is
+    overwritten by the probabilities, which are all that the backward pass needs, and these there by the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: torch.Tensor, tokens: torch.Tensor, divisor: float):
+        logprobs, entropies = [], []
+        for rows, ids in zip(logits.split(64), tokens.split(64)):  # fp32 for a few rows at a time, in the CPU's cache
+            logs = (rows.float() / divisor).log_softmax(-1)  # (64, V)
+            probabilities = logs.exp()
+            logprobs.append(logs.gather(1, ids[:, None]).squeeze(1))
+            entropies.append(-logs.mul_(probabilities).sum(-1))
+            rows.copy_(probabilities)
+        ctx.save_for_backward(logits, tokens)
+        ctx.divisor, entropies = divisor, torch.cat(entropies)
+        ctx.mark_non_differentiable(entropies)
+        return torch.cat(logprobs), entropies
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor, _):
+        probabilities, tokens = ctx.saved_tensors
+        grad = (grad / ctx.divisor).to(probabilities.dtype)[:, None]  # (N, 1)
+        # The gradient of log p(token) with respect to the logits: 1 at the token, minus p everywhere.
+        return probabilities.mul_(-grad).scatter_add_(1, tokens[:, None], grad), None, None
+
+
 def save_model(model, weights: dict, tokenizer, padding_side: str, output_dir: str):
     """Write OUTPUT_DIR/model (safetensors, config, tokenizer), complete in itself, whole or not at all."""
     temporary, final = os.path.join(output_dir, "model.tmp"), os.path.join(output_dir, "model")
@@ -500,17 +546,6 @@ def target_mask(token_ids: torch.Tensor, query_lengths: torch.Tensor, pad: int, 
         mask = mask & (torch.arange(token_ids.shape[1], device=token_ids.device) >= query_lengths[:, None])
     mask[:, 0] = False  # the first token has nothing to be predicted from
     return mask
-
-
-def token_nll(logits: torch.Tensor, token_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """
-    Negative log-likelihood in nats of every token given those before it, 0 where `mask` is False.
-
-    logits (B, T, V), token_ids and mask (B, T) -> (B, T-1). The logits at a position predict the NEXT token.
-    """
-    labels = token_ids.masked_fill(~mask, -100)[:, 1:]  # (B, T-1); -100 is what cross_entropy leaves out
-    nll = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels.flatten(), reduction="none")  # (B*(T-1),)
-    return nll.view(labels.shape)
 
 
 @torch.no_grad()
@@ -692,8 +727,11 @@ def summed_nll(args, accelerator: Accelerator, model, rows: dict, pad: int) -> t
     """Forward pass over some rows: the sum of the loss over their target tokens, a scalar with gradient."""
     token_ids = pad_rows(rows["tokens"], pad, "right", accelerator.device)  # (B, T)
     query_lengths = torch.tensor([len(ids) for ids in rows["query_tokens"]], device=accelerator.device)
-    logits = model(**model_inputs(token_ids, pad), use_cache=False).logits  # (B, T, V)
-    return token_nll(logits, token_ids, target_mask(token_ids, query_lengths, pad, args.response_loss_only)).sum()
+    targets = target_mask(token_ids, query_lengths, pad, args.response_loss_only)  # (B, T)
+    # The logits at a position predict the NEXT token. Where that is no target, they are not computed.
+    before = targets.roll(-1, dims=1)  # (B, T); no first token is a target, so the last position is False
+    logits = model(**causal_inputs(token_ids, pad), logits_to_keep=before).logits  # (N, V), N targets
+    return -TokenLogprobs.apply(logits, token_ids[targets], 1.0)[0].sum()
 
 
 def count_targets(rows: dict, response_only: bool) -> np.ndarray:
@@ -963,7 +1001,7 @@ def restore_parameters(model, manifest: dict):
 def restore_optimizer(model, optimizer, manifest: dict, accelerator: Accelerator):
     """Load AdamW's state (and ZeRO's fp32 masters, exactly) from a checkpoint, after accelerator.prepare."""
     parameters = dict(accelerator.unwrap_model(model).named_parameters())
-    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    deepspeed, steps = accelerator.distributed_type == DistributedType.DEEPSPEED, manifest["adam_steps"]
     if deepspeed:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
@@ -971,7 +1009,7 @@ def restore_optimizer(model, optimizer, manifest: dict, accelerator: Accelerator
         zero, stage = optimizer.optimizer, zero_stage(accelerator)
         for flat in zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups:
             moments = dict(exp_avg=torch.zeros_like(flat), exp_avg_sq=torch.zeros_like(flat))
-            zero.optimizer.state[flat] = dict(step=torch.tensor(float(manifest["adam_steps"])), **moments)
+            zero.optimizer.state[flat] = dict(step=torch.tensor(float(steps), device=flat.device), **moments)
         if stage < 3:
             zero._lazy_init_hp_params_optimizer_state()
         for name, value in checkpoint_tensors(manifest, "parameter"):
@@ -983,7 +1021,7 @@ def restore_optimizer(model, optimizer, manifest: dict, accelerator: Accelerator
                 safe_set_full_optimizer_state(parameter, value, kind)
             else:
                 state = optimizer.state[parameter]
-                state["step"], state[kind] = torch.tensor(float(manifest["adam_steps"])), value
+                state["step"], state[kind] = torch.tensor(float(steps), device=value.device), value
 
 
 def save_or_stop(args, accelerator: Accelerator, model, optimizer, update: int, num_updates: int, steps: int, stop):
@@ -1032,6 +1070,7 @@ def main():
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     accelerator = start_accelerator(args)
+    keep_freed_memory()
     torch.manual_seed(args.seed)
 
     # 2. Tokenizer and data.
@@ -1066,7 +1105,9 @@ def main():
     if checkpoint:
         restore_parameters(model, checkpoint)
     # AdamW: eps 1e-5 rather than PyTorch's 1e-8; betas and weight decay are PyTorch's defaults (Detail 9).
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=args.eps, betas=(0.9, 0.999), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.lr, eps=args.eps, betas=(0.9, 0.999), weight_decay=0.01, fused=True
+    )  # fused: in one pass over memory, without temporaries as large as the model
     model, optimizer = accelerator.prepare(model, optimizer)
     if checkpoint:
         restore_optimizer(model, optimizer, checkpoint, accelerator)

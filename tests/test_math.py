@@ -237,7 +237,8 @@ def test_token_logprobs_and_entropies(temperature):
     generator = torch.Generator().manual_seed(7)
     logits = torch.randn((2, 5, 11), generator=generator)
     tokens = torch.randint(0, 11, (2, 5), generator=generator)
-    logprobs, entropies = ppo.token_logprobs(logits, tokens, temperature), ppo.token_entropies(logits, temperature)
+    results = ppo.TokenLogprobs.apply(logits.flatten(0, 1).clone(), tokens.flatten(), temperature + 1e-7)
+    logprobs, entropies = [result.view(tokens.shape) for result in results]
     for b in range(2):
         for t in range(5):
             logs = log_softmax([x / (temperature + 1e-7) for x in logits[b, t].tolist()])
@@ -247,28 +248,26 @@ def test_token_logprobs_and_entropies(temperature):
 
 
 def test_token_logprobs_has_the_gradient_of_the_tempered_distribution():
-    logits = torch.randn((1, 1, 5), generator=torch.Generator().manual_seed(8), dtype=torch.float32, requires_grad=True)
-    ppo.token_logprobs(logits, torch.tensor([[2]]), 0.7).sum().backward()
-    logs = log_softmax([x / 0.7 for x in logits[0, 0].tolist()])
+    logits = torch.randn((1, 5), generator=torch.Generator().manual_seed(8), dtype=torch.float32, requires_grad=True)
+    ppo.TokenLogprobs.apply(logits.clone(), torch.tensor([2]), 0.7)[0].sum().backward()  # what it is given is overwritten
+    logs = log_softmax([x / 0.7 for x in logits[0].tolist()])
     expected = [((i == 2) - math.exp(x)) / 0.7 for i, x in enumerate(logs)]
-    assert logits.grad[0, 0].tolist() == pytest.approx(expected, abs=1e-5)
+    assert logits.grad[0].tolist() == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("response_only", [False, True])
-def test_target_mask_and_token_nll(response_only):
+def test_target_mask_and_loss(response_only):
     generator = torch.Generator().manual_seed(9)
     rows = [[3, 1, 4, 1, 5, 0], [2, 7, 0], [8, 8, 8, 8, 0]]
     query_lengths = [3, 1, 4]
     token_ids = sft.pad_rows(rows, PAD, "right", "cpu")
     logits = torch.randn((3, 6, 10), generator=generator)
     mask = sft.target_mask(token_ids, torch.tensor(query_lengths), PAD, response_only)
-    nll = sft.token_nll(logits, token_ids, mask)
-    assert nll.shape == (3, 5)
-    for b, row in enumerate(rows):
-        for t in range(1, 6):
-            is_target = t < len(row) and (t >= query_lengths[b] or not response_only)
-            expected = -log_softmax(logits[b, t - 1].tolist())[row[t]] if is_target else 0.0
-            assert nll[b, t - 1].item() == pytest.approx(expected, abs=1e-5)
+    before = mask.roll(-1, dims=1)  # the positions that predict them
+    found = sft.TokenLogprobs.apply(logits[before], token_ids[mask], 1.0)[0].tolist()
+    expected = [log_softmax(logits[b, t - 1].tolist())[row[t]] for b, row in enumerate(rows) for t in range(1, len(row))
+                if t >= query_lengths[b] or not response_only]  # fmt: skip
+    assert found == pytest.approx(expected, abs=1e-5)
     assert not mask[:, 0].any() and mask[0, 5]  # EOS is a target
     counted = sft.count_targets(
         {"tokens": rows, "query_tokens": [row[:n] for row, n in zip(rows, query_lengths)]}, response_only

@@ -104,20 +104,25 @@ def test_padding_changes_nothing(setup, policy):
             assert deviation(policy(**inputs).logits[1, -5:], plain_logits(policy, rows[1])) > 0.1
 
 
-def test_response_logits_are_a_slice_of_all_logits(setup, policy):
+def test_response_logprobs_are_those_of_all_logits(setup, policy):
+    """Computed at the valid tokens of the responses only; queries padded on the left, responses on the right."""
     pad, tokenizer = setup.tokenizer.pad_token_id, setup.tokenizer
     queries = ppo.pad_rows(query_tokens(tokenizer), pad, "left", "cpu")
     responses = torch.randint(2, 200, (len(queries), 9), generator=torch.Generator().manual_seed(0))
     responses[0, 4:], responses[1, 1:] = pad, pad
-    both = torch.cat([queries, responses], 1)
     with torch.no_grad():
-        found = ppo.response_logits(policy, both, 9, pad)
-    assert found.shape == (len(queries), 9, policy.get_output_embeddings().weight.shape[0])
-    for row, one in zip(both, found):
-        ids = row[row != pad].tolist()
-        number = int((row[-9:] != pad).sum())  # response tokens of this row
-        expected = plain_logits(policy, ids)[len(ids) - number - 1 : -1]  # the position before each of them
-        assert deviation(one[:number], expected) < 1e-4
+        token_ids, before = ppo.join_rows(queries, responses, pad)
+        logprobs, entropies = ppo.response_logprobs(policy, token_ids, before, responses, pad, 0.7)
+    assert logprobs.shape == entropies.shape == responses.shape
+    for i, (query, response) in enumerate(zip(queries, responses)):
+        query, response = [[t for t in row.tolist() if t != pad] for row in (query, response)]
+        n = len(response)
+        logs = (plain_logits(policy, query + response).double() / (0.7 + 1e-7)).log_softmax(-1)[len(query) - 1 : -1]
+        assert token_ids[i].tolist()[: len(query) + n] == query + response
+        assert deviation(logprobs[i, :n].double(), logs.gather(1, torch.tensor(response)[:, None])[:, 0]) < 1e-4
+        assert deviation(entropies[i, :n].double(), -(logs.exp() * logs).sum(-1)) < 1e-4
+        assert (logprobs[i, n:] == ppo.INVALID_LOGPROB).all() and not entropies[i, n:].any()
+    assert token_ids.shape[1] == (token_ids != pad).sum(1).max()  # no column of pads alone
 
 
 def test_values_and_scores_under_left_padding(setup):
@@ -128,15 +133,15 @@ def test_values_and_scores_under_left_padding(setup):
     rows, answers = query_tokens(tokenizer, 4), [[5, 6, eos], [7, 8, 9, 10, eos], [eos], [5, 5]]
     queries, responses = ppo.pad_rows(rows, pad, "left", "cpu"), ppo.pad_rows(answers, pad, "right", "cpu")
     with torch.no_grad():
-        _, values = model(torch.cat([queries, responses], 1), 5)
-        outputs = reward_model(torch.cat([queries, responses], 1))
+        values = model(queries, torch.nn.functional.pad(responses, (0, 1), value=pad), 0.7)[2]
+        scores = ppo.reward_scores(reward_model, queries, responses, pad)
     assert values.shape == (4, 6)
     for i, (query, answer) in enumerate(zip(rows, answers)):
         for t in range(len(answer) + 1):  # a plain classifier reads the last token: one prefix after the other
             with torch.no_grad():
                 expected = plain(input_ids=torch.tensor([query + answer[:t]])).logits.item() - OFFSET
             assert values[i, t].item() == pytest.approx(expected, abs=1e-4)
-        assert outputs[i, queries.shape[1] + len(answer) - 1].item() == pytest.approx(expected, abs=1e-4)
+        assert scores[i].item() == pytest.approx(expected, abs=1e-4)
 
 
 # ---- Sampling --------------------------------------------------------------------------------------------------------
@@ -367,7 +372,8 @@ def test_reward_folder_in_plain_transformers(setup):
     with torch.no_grad():
         raw = ours(reward.pad_rows(rows, pad, "right", "cpu"))
         left = ours(reward.pad_rows(rows, pad, "left", "cpu"))  # Detail 14
-        scores = scalar(ppo.pad_rows(rows, pad, "left", "cpu"))[:, -1]
+        scores = scalar(ppo.pad_rows(rows, pad, "right", "cpu"))
+        scores = torch.stack([row[len(ids) - 1] for row, ids in zip(scores, rows)])
         alone = torch.tensor([plain(input_ids=torch.tensor([row])).logits.item() for row in rows])
     assert deviation(outputs, alone) < 1e-4 and deviation(raw, outputs) < 1e-4 and deviation(left, raw) < 1e-4
     assert deviation(scores, outputs - OFFSET) < 1e-4
@@ -398,12 +404,11 @@ def test_value_model_starts_with_the_offset_as_bias(setup):
 # ---- Rollout and first update ----------------------------------------------------------------------------------------
 
 
-def make_rollout(setup, accelerator, number=10, size=4, **flags):
+def make_rollout(setup, accelerator, number=10, size=4, local_micro_batch_size=1, **flags):
     """Networks, and a global rollout batch of queries of mixed lengths."""
-    args, networks = load_networks(setup, **flags)
+    args, networks = load_networks(setup, local_micro_batch_size=local_micro_batch_size, **flags)
     queries = query_tokens(setup.tokenizer, number)
-    batch = ppo.rollout(args, accelerator, networks, queries, args.temperature, size, 0)
-    batch = ppo.share_rollout(batch, setup.tokenizer.pad_token_id, accelerator)
+    batch = ppo.rollout(args, accelerator, networks, queries, size, 0)
     return args, networks, queries, ppo.compute_advantages(batch, args)
 
 
@@ -445,7 +450,7 @@ def test_rollout_does_not_depend_on_its_seed_alone(setup, accelerator):
             process_index=rank, device=accelerator.device, autocast=accelerator.autocast,
             unwrap_model=lambda model: model, distributed_type=accelerator.distributed_type,
         )  # fmt: skip
-        return ppo.rollout(args, other, networks, queries, 1.0, 10, key)["responses"].tolist()
+        return ppo.sample_responses(args, other, networks, queries, 1.0, 10, key)[1].tolist()
 
     first = sample()
     assert sample() == first
@@ -456,10 +461,9 @@ def test_rollout_does_not_depend_on_its_seed_alone(setup, accelerator):
 def test_first_ratios_are_1_and_kl_is_0(setup, accelerator):
     """Detail P: old logprobs agree with the training forward on every valid token, however micro-batches are cut."""
     args, (model, *_), _, batch = make_rollout(setup, accelerator)
-    pad = setup.tokenizer.pad_token_id
     assert batch["kl"].abs().max().item() < 1e-5
     for rows in ([0, 1], [2], [3, 4, 5, 6], [7, 8, 9], list(range(10)), [1, 0]):
-        stats = ppo.micro_batch_losses(args, model, batch, np.array(rows), pad)
+        stats = ppo.micro_batch_losses(args, model, batch, np.array(rows))
         assert stats["ratio_dev"].item() < 1e-4
         valid = (~batch["padding_mask"][rows]).sum().item()
         assert stats["ratio"].item() == pytest.approx(valid, rel=1e-5)
@@ -467,7 +471,7 @@ def test_first_ratios_are_1_and_kl_is_0(setup, accelerator):
     with torch.no_grad():  # that it can fail
         for parameter in model.policy.parameters():
             parameter += 0.01 * torch.randn_like(parameter)
-    assert ppo.micro_batch_losses(args, model, batch, np.arange(10), pad)["ratio_dev"].item() > 1e-2
+    assert ppo.micro_batch_losses(args, model, batch, np.arange(10))["ratio_dev"].item() > 1e-2
 
 
 def test_statistics_count_valid_tokens_only(setup, accelerator):
@@ -477,7 +481,7 @@ def test_statistics_count_valid_tokens_only(setup, accelerator):
     with torch.no_grad():
         for parameter in model.policy.parameters():
             parameter += 0.03 * torch.randn_like(parameter)
-    stats = ppo.micro_batch_losses(args, model, batch, np.arange(10), setup.tokenizer.pad_token_id)
+    stats = ppo.micro_batch_losses(args, model, batch, np.arange(10))
     sums = dict.fromkeys(("approxkl", "clipfrac", "entropy", "ratio", "ratio_sq"), 0.0)
     for i, query in enumerate(queries):
         response = [t for t in batch["responses"][i].tolist() if t != setup.tokenizer.pad_token_id]
@@ -516,7 +520,7 @@ def test_an_update_moves_policy_and_critic_and_nothing_else(setup, accelerator):
     frozen = [p.detach().clone() for net in (reference, reward_model) for p in net.parameters()]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, eps=1e-5)
     model, optimizer = accelerator.prepare(model, optimizer)
-    stats = ppo.ppo_update(args, accelerator, model, optimizer, batch, tokenizer.pad_token_id, 0)
+    stats = ppo.ppo_update(args, accelerator, model, optimizer, batch, 0)
     for net in (reference, reward_model):
         assert all(p.grad is None for p in net.parameters())
     still = [p for net in (reference, reward_model) for p in net.parameters()]
@@ -613,7 +617,7 @@ def test_ppo_gradient_is_that_of_the_whole_minibatch(setup, accelerator):
         reset_accelerate()
         accelerator = Accelerator(gradient_accumulation_steps=accumulation)
         recorder = Recorder(accelerator, model)
-        stats = ppo.ppo_update(args, accelerator, model, recorder, batch, pad, 0)
+        stats = ppo.ppo_update(args, accelerator, model, recorder, batch, 0)
         assert len(recorder.steps) == mini
         assert 0 < stats["policy/clipfrac_avg"] < 1 and 0 < stats["val/clipfrac_avg"] < 1
         found[micro, mini] = recorder.steps

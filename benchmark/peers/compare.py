@@ -1,0 +1,77 @@
+"""
+compare.py: ppo.py beside TRL's PPOTrainer, the same work in turn; prints and stores the ratios.
+
+    python benchmark/peers/compare.py --shape 14m                  # five pairs of runs
+    python benchmark/peers/compare.py --shape 160m --pairs 2
+
+Every run is a process of its own: one update that is not timed, then --updates that are, all over the same 16 posts
+(even quantiles of the real lengths), so that every update is the same work. trl_ppo.py says what else is the same and
+what is not. The first call makes TRL's environment (setup.sh).
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+def run(command):
+    """A subprocess without the packages of this one's environment."""
+    done = subprocess.run(list(map(str, command)), cwd=HERE.parent.parent, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="14m")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--micro_batch", type=int, default=4)
+    parser.add_argument("--mean_response", type=float, help="mean response length; default: no response ends")
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--updates", type=int, default=1)
+    parser.add_argument("--work_dir", default="runs/peers")
+    parser.add_argument("--out", default="benchmark/results/peers.json", help="JSON file to add the result to")
+    args = parser.parse_args()
+    subprocess.run(["bash", HERE / "setup.sh"], check=True)
+    ours_out, trl_out = [Path(args.work_dir).resolve() / f"{name}.json" for name in ("ours", "trl")]
+    ours_out.parent.mkdir(parents=True, exist_ok=True)
+    sizes = ["--batch", args.batch, "--micro_batch", args.micro_batch, "--updates", args.updates]
+    ours = [sys.executable, HERE.parent / "throughput.py", "--shape", args.shape, "--same_posts", "--out", ours_out]
+    ours += [*sizes, "--work_dir", args.work_dir] + ["--mean_response", args.mean_response] * bool(args.mean_response)
+    folder = Path(args.work_dir).resolve() / f"ppo-{args.shape}"
+    trl = [HERE / ".venv/bin/python", HERE / "trl_ppo.py", "--folder", folder, *sizes, "--out", trl_out]
+    pairs = []
+    for pair in range(args.pairs):
+        ours_out.unlink(missing_ok=True)
+        run(ours)
+        (mine,) = json.loads(ours_out.read_text())
+        run(trl)
+        theirs = json.loads(trl_out.read_text())
+        seconds = [update["seconds"] for update in mine["updates"]], theirs["seconds"]
+        ours_rate, trl_rate = [args.batch / statistics.median(one) for one in seconds]
+        pairs.append({
+            "ours": ours_rate, "trl": trl_rate, "ratio": ours_rate / trl_rate, "ours_gib": mine["peak_memory_gib"],
+            "trl_gib": theirs["peak_memory_gib"], "ours_other_cores": [u["other_cores"] for u in mine["updates"]],
+        })  # fmt: skip
+        print(f"pair {pair + 1}: {ours_rate:.3f} and {trl_rate:.3f} episodes/s", flush=True)
+    median = {name: statistics.median(pair[name] for pair in pairs) for name in list(pairs[0])[:5]}
+    result = {"shape": args.shape, "batch": args.batch, "micro_batch": args.micro_batch, "machine": mine["machine"]}
+    result |= {"mean_response": mine["mean_response"], "mean_tokens": mine["mean_tokens"], "posts": mine["posts"]}
+    result |= {"median": median, "memory_ratio": median["ours_gib"] / median["trl_gib"], "pairs": pairs}
+    command = "python benchmark/peers/compare.py " + " ".join(sys.argv[1:])
+    result |= {"command": command, "date": time.strftime("%Y-%m-%d")}
+    memory = result["memory_ratio"]
+    print(f"{args.shape}: {median['ratio']:.2f} times TRL's episodes/s with {memory:.2f} times its peak memory")
+    found = json.loads(Path(args.out).read_text()) if os.path.exists(args.out) else []
+    Path(args.out).write_text(json.dumps(found + [result], indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
