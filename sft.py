@@ -852,8 +852,20 @@ class StopSignal:
 
     def receive(self, number, frame):
         if self.number or not self.training:  # before and after training there is nothing to finish first
-            raise SystemExit(128 + number)
+            self.leave(number)
         self.number = number
+
+    def leave(self, number: int, done: str = "stopped"):
+        """End this process with the code that a shell reports of a program that a signal has ended."""
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{signal.Signals(number).name}: {done}; the same command with --resume goes on", flush=True)
+        raise SystemExit(128 + number)
+
+    def end_of_training(self):
+        """From here on a signal acts at once, as does one that came too late for the last update to see."""
+        self.training = False
+        if self.number:
+            self.leave(self.number)
 
     def agreed(self, accelerator: Accelerator) -> int:
         """The signal that some process has received, or 0: the same on all of them, so that they stop together."""
@@ -1031,10 +1043,7 @@ def save_or_stop(args, accelerator: Accelerator, model, optimizer, update: int, 
     if number or due:
         save_checkpoint(args, accelerator, model, optimizer, update, adam_steps=update * steps)
     if number:
-        done = f"update {update} of {num_updates} is finished and saved"
-        accelerator.print(f"{signal.Signals(number).name}: {done}; the same command with --resume goes on")
-        accelerator.end_training()
-        raise SystemExit(128 + number)  # what a shell reports of a program that a signal has ended
+        stop.leave(number, f"update {update} of {num_updates} is finished and saved")
 
 
 def whole_model(model, spare, accelerator: Accelerator):
@@ -1118,7 +1127,7 @@ def main():
     stop.training = True
     with explain_out_of_memory():
         train(args, accelerator, model, spare, optimizer, posts, eval_posts, tokenizer, updates, stop)
-    stop.training = False
+    stop.end_of_training()
     summary = {"updates": num_updates, "episodes": num_updates * batch_size, "time/train": time.time() - started}
     plain = whole_model(model, spare, accelerator)
     if num_updates > 0:
