@@ -4,18 +4,25 @@
 #   bash benchmark/quickstart.sh                 # about four minutes on two cores, after the installation
 #   SEED=2 bash benchmark/quickstart.sh          # another seed of the training; OUT=FOLDER names another folder
 #   SIZE=smoke bash benchmark/quickstart.sh      # an easier world and a third of the data: about two minutes, for tests
+#   PROCESSES=2 bash benchmark/quickstart.sh     # training in two processes under DeepSpeed ZeRO-2, with the same batches;
+#                                                # CONFIG=FILE names another launcher configuration
 #
-# Ends with a table and $OUT/judge/report.png. A stage that is complete is not repeated; one that was interrupted starts
-# again. SPLIT=validation evaluates on the other split (give it an OUT of its own); WORLD=FOLDER names the world's folder.
+# Ends with a table and $OUT/judge/report.png. A stage that is complete is not repeated; one that was interrupted goes on.
+# SPLIT=validation evaluates on the other split (give it an OUT of its own); WORLD=FOLDER names the world's folder.
 # The settings differ from the paper's in some flags, set below; benchmark/README.md says which and why.
 set -euo pipefail
 . "$(dirname "$0")/setup.sh"
 
 SEED=${SEED:-1}
 SIZE=${SIZE:-full}
-OUT=${OUT:-runs/quickstart/$SIZE-seed$SEED}
+PROCESSES=${PROCESSES:-1}
+OUT=${OUT:-runs/quickstart/$SIZE-seed$SEED-processes$PROCESSES}
+OUT=${OUT%-processes1}
 WORLD=${WORLD:-runs/quickstart/$SIZE-world}
 SPLIT=${SPLIT:-test}
+CONFIG=${CONFIG:-benchmark/accelerate/cpu_zero2.yaml}
+launch=(python)
+[ "$PROCESSES" = 1 ] || launch=(accelerate launch --config_file "$CONFIG" --num_processes "$PROCESSES")
 case $SIZE in
   full)  world=(); sft_rows=24000; pairs=32000; episodes=3840; norm=2000 ;;
   smoke) world=(--num_values 4 --max_fillers 0 --distractor_share 0 --num_train_posts 8000 --num_train_pairs 8000
@@ -31,8 +38,6 @@ stage() {
   local name=$1 folder=$2 file=$3; shift 3
   if [ -e "$folder/$file" ]; then echo "== $name: already in $folder"; return; fi
   echo "== $name: log in $OUT/$name.log"
-  # The world's generator never leaves half a folder, and the folder may be anybody's: it decides for itself.
-  [ "$name" = world ] || rm -rf "$folder"
   local start=$SECONDS
   # Progress bars go to the terminal, everything a reader may want later into the log.
   "$@" > "$OUT/$name.log" || { tail -n 5 "$OUT/$name.log"; echo "error: $name failed, see $OUT/$name.log" >&2; exit 1; }
@@ -42,20 +47,21 @@ stage() {
 # What the tiny environment needs, and the paper does not: a model that starts from random weights learns with one
 # learning rate of 1e-3 (not 3e-6) after a short warm-up, in small batches, and SFT looks at the response only.
 tiny=(--seed "$SEED" --query_dataset "$WORLD/posts" --lr 1e-3 --eval_split "$SPLIT" --run_eval --local_eval_batch_size 200)
-tiny_lm=(--warm_up_steps 20 --local_micro_batch_size 16)
+tiny+=(--resume)  # goes on with a stage that was interrupted
+tiny_lm=(--warm_up_steps 20 --local_micro_batch_size $((16 / PROCESSES)))
 
 stage world "$WORLD" tiny_env.json python benchmark/tiny_env.py --output_dir "$WORLD" ${world[@]+"${world[@]}"}
-stage sft "$OUT/sft" summary.json python sft.py "${tiny[@]}" "${tiny_lm[@]}" --base_model "$WORLD/base_model" \
+stage sft "$OUT/sft" summary.json "${launch[@]}" sft.py "${tiny[@]}" "${tiny_lm[@]}" --base_model "$WORLD/base_model" \
   --total_episodes $sft_rows --response_loss_only --response_length 28 --output_dir "$OUT/sft"
-stage reward "$OUT/reward" summary.json python reward.py "${tiny[@]}" "${tiny_lm[@]}" --sft_model_path "$OUT/sft" \
+stage reward "$OUT/reward" summary.json "${launch[@]}" reward.py "${tiny[@]}" "${tiny_lm[@]}" --sft_model_path "$OUT/sft" \
   --label_dataset "$WORLD/comparisons" --total_episodes $pairs --normalization_rows $norm --output_dir "$OUT/reward"
-stage ppo "$OUT/ppo" summary.json python ppo.py "${tiny[@]}" --sft_model_path "$OUT/sft" \
-  --reward_model_path "$OUT/reward" --total_episodes $episodes --local_micro_batch_size 64 \
+stage ppo "$OUT/ppo" summary.json "${launch[@]}" ppo.py "${tiny[@]}" --sft_model_path "$OUT/sft" \
+  --reward_model_path "$OUT/reward" --total_episodes $episodes --local_micro_batch_size $((64 / PROCESSES)) \
   --gradient_accumulation_steps 2 --local_rollout_forward_batch_size 128 --response_length 28 --output_dir "$OUT/ppo"
 
 # The judge is a real server on this machine; eval_judge.py asks it as it would ask any other.
 judge() {
-  rm -f "$OUT/judge.url"
+  rm -rf "$OUT/judge.url" "$OUT/judge"
   python benchmark/tiny_judge.py --env_dir "$WORLD" --port 0 > "$OUT/judge.url" & local server=$!
   trap "kill $server 2> /dev/null || true" RETURN EXIT
   until grep -q http "$OUT/judge.url"; do kill -0 $server 2> /dev/null || return 1; sleep 0.2; done

@@ -5,7 +5,7 @@
 #   TLDR_DIR=FOLDER SIZE=full bash benchmark/real_data.sh   # all posts, all pairs, 20,480 episodes: for a GPU
 #
 # TLDR_DIR holds posts/{train,validation,test}.parquet and comparisons/{train,validation,test}.parquet (README.md, "Data
-# formats"). A stage that is complete is not repeated. Everything lands in OUT (default runs/real/SIZE).
+# formats"). A stage that is complete is not repeated, one that was interrupted goes on. Everything lands in OUT (default runs/real/SIZE).
 set -euo pipefail
 TLDR_DIR=$(cd "${TLDR_DIR:?set TLDR_DIR to the folder with posts/ and comparisons/}" && pwd)
 . "$(dirname "$0")/setup.sh"
@@ -24,7 +24,7 @@ esac
 # bf16 where the machine computes in it (any GPU of recent years; CPUs with avx512_bf16 or amx_bf16).
 precision=(); launch=(python)
 if [ "${BF16:-0}" = 1 ]; then precision=(--bf16); launch=(accelerate launch --num_processes 1 --mixed_precision bf16); fi
-common=(--seed "$SEED" --query_dataset "$TLDR_DIR/posts" --lr $lr ${precision[@]+"${precision[@]}"})
+common=(--resume --seed "$SEED" --query_dataset "$TLDR_DIR/posts" --lr $lr ${precision[@]+"${precision[@]}"})
 mkdir -p "$OUT"
 
 # stage NAME COMMAND...: run it unless its summary.json, which every script writes last, is there.
@@ -32,7 +32,6 @@ stage() {
   local name=$1; shift
   if [ -e "$OUT/$name/summary.json" ]; then echo "== $name: already in $OUT/$name"; return; fi
   echo "== $name: log in $OUT/$name.log"
-  rm -rf "${OUT:?}/$name"
   local start=$SECONDS
   "${launch[@]}" "$@" --output_dir "$OUT/$name" > "$OUT/$name.log" || { tail -n 5 "$OUT/$name.log"; exit 1; }
   echo "   $((SECONDS - start)) s"
