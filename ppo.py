@@ -550,6 +550,17 @@ class ScalarModel(nn.Module):
         return self.head(hidden).squeeze(-1).float()  # (B, T)
 
 
+def logits_at(model, head, inputs: dict, keep: torch.Tensor) -> torch.Tensor:
+    """The logits (N, V) of a language model, `head` its last layer, at the N positions where `keep` (B, T) is True."""
+    # The model's own forward pass, in which a hook hands only those rows to the head. (Newer versions of transformers
+    # take such a mask themselves; not all that the scripts run on.)
+    hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][keep],))  # (B, T, d) -> (N, d)
+    try:
+        return model(**inputs).logits
+    finally:
+        hook.remove()
+
+
 class TokenLogprobs(torch.autograd.Function):
     """
     Logits (N, V), tokens (N,) -> the log-probability of each token under softmax(logits / divisor), and the entropy of
@@ -608,7 +619,8 @@ def response_logprobs(policy, token_ids, before, responses: torch.Tensor, pad_to
     # The logits at a position predict the NEXT token. Those of the prompt, nine in ten, are never computed, nor those
     # of the padding.
     keep = torch.zeros_like(token_ids, dtype=torch.bool).scatter(1, before, valid)  # (B, T)
-    logits = policy(**causal_inputs(token_ids, pad_token_id), logits_to_keep=keep).logits  # (N, V), N valid tokens
+    head, inputs = policy.get_output_embeddings(), causal_inputs(token_ids, pad_token_id)
+    logits = logits_at(policy, head, inputs, keep)  # (N, V), N valid tokens
     # Detail T (temperature): the logits are divided by the sampling temperature, for policy and reference, in rollout
     # and training. Without it the ratios would be those of a distribution that nothing was sampled from.
     results = TokenLogprobs.apply(logits, responses[valid], temperature + 1e-7)  # (N,) each

@@ -477,6 +477,17 @@ def causal_inputs(token_ids: torch.Tensor, pad_token_id: int) -> dict:
     return dict(input_ids=token_ids.masked_fill(token_ids == pad_token_id, 0), use_cache=False)
 
 
+def logits_at(model, head, inputs: dict, keep: torch.Tensor) -> torch.Tensor:
+    """The logits (N, V) of a language model, `head` its last layer, at the N positions where `keep` (B, T) is True."""
+    # The model's own forward pass, in which a hook hands only those rows to the head. (Newer versions of transformers
+    # take such a mask themselves; not all that the scripts run on.)
+    hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][keep],))  # (B, T, d) -> (N, d)
+    try:
+        return model(**inputs).logits
+    finally:
+        hook.remove()
+
+
 class TokenLogprobs(torch.autograd.Function):
     """
     Logits (N, V), tokens (N,) -> the log-probability of each token under softmax(logits / divisor), and the entropy of
@@ -730,7 +741,8 @@ def summed_nll(args, accelerator: Accelerator, model, rows: dict, pad: int) -> t
     targets = target_mask(token_ids, query_lengths, pad, args.response_loss_only)  # (B, T)
     # The logits at a position predict the NEXT token. Where that is no target, they are not computed.
     before = targets.roll(-1, dims=1)  # (B, T); no first token is a target, so the last position is False
-    logits = model(**causal_inputs(token_ids, pad), logits_to_keep=before).logits  # (N, V), N targets
+    head = accelerator.unwrap_model(model).get_output_embeddings()
+    logits = logits_at(model, head, causal_inputs(token_ids, pad), before)  # (N, V), N targets
     return -TokenLogprobs.apply(logits, token_ids[targets], 1.0)[0].sum()
 
 
