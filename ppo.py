@@ -19,8 +19,8 @@ It writes, in --output_dir: model/ (the policy: safetensors, config, tokenizer),
 and, with --run_eval, samples_<split>.csv.
 
 Where it differs from the code of the paper (arXiv 2403.17031), on purpose
-    1. Batches are padded to their longest query and response, not to 512 + 53, and of the logits only those of the
-       response are computed: the same numbers for less work.
+    1. The same numbers for less work: rows of similar length share a batch, padded on the right to the longest and not
+       to 512 + 53; logits are computed for the response tokens only; see `join_rows`, `TokenLogprobs`, `rollout`.
     2. Advantages are whitened over the global batch; the published code whitens per process.
     3. Losses are means over the tokens of a whole minibatch, which one permutation, shared by all processes, draws
        from the global batch. So the gradient does not depend on how a minibatch is cut into micro-batches and

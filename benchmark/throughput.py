@@ -8,6 +8,7 @@ throughput.py: how fast sft.py, reward.py and ppo.py are, and how near that is t
 
 It runs the `main()` of the script itself, with flags, on a model of the shape that is asked for, with random weights.
 The script's own functions are timed from outside, update by update; the first update (allocation, caches) is left out.
+Beside the wall clock stand the processor seconds of the process, and how many cores other processes kept busy.
 
 Posts are those of $TLDR_DIR/posts, with the tokenizer beside them. Without that folder they are made up: one token per
 character, query lengths from a normal distribution of mean 344 and standard deviation 110 between 60 and 512, which is
@@ -282,13 +283,14 @@ def run_script(args, folder):
         watch(module, name, calls)
     if args.stage == "reward":
         watch(module, "pad_rows", calls)
-    busy, marks = [], []
+    busy, marks, cpu = [], [], []
 
     def mark(metrics, *rest, log=module.log_metrics):
         log(metrics, *rest)
         now, cores = others_cores(marks[-1] if marks else None)
         marks.append(now)
         busy.append(cores)
+        cpu.append(time.process_time())
 
     module.log_metrics = mark
     sys.argv = [f"{args.stage}.py", *script_flags(args, folder)]
@@ -297,7 +299,7 @@ def run_script(args, folder):
     updates = []
     for i, (begin, end) in enumerate(zip(ends, ends[1:]), 1):
         inside = {name: [call for call in found if begin < call[0] <= end] for name, found in calls.items()}
-        update = {"seconds": end - begin, "other_cores": busy[i]}
+        update = {"seconds": end - begin, "cpu_seconds": cpu[i] - cpu[i - 1], "other_cores": busy[i]}
         if args.stage == "ppo":
             generate, roll, train = [inside[name][0][1] for name in ("sample_responses", "rollout", "ppo_update")]
             update |= {"generate": generate, "score": roll - generate, "train": train}
@@ -360,6 +362,7 @@ def main():
         "episodes_per_second": episodes / seconds,
         "tokens_per_second": statistics.mean(tokens) * rows / seconds,
         "seconds_per_update": seconds,
+        "cpu_seconds_per_update": statistics.median(update["cpu_seconds"] for update in updates),
         "phases": {
             name: statistics.median(update[name] for update in updates)
             for name in ("generate", "score", "train") if name in updates[0]

@@ -58,17 +58,21 @@ def main():
         ours_rate, trl_rate = [args.batch / statistics.median(one) for one in seconds]
         pairs.append({
             "ours": ours_rate, "trl": trl_rate, "ratio": ours_rate / trl_rate, "ours_gib": mine["peak_memory_gib"],
-            "trl_gib": theirs["peak_memory_gib"], "ours_other_cores": [u["other_cores"] for u in mine["updates"]],
+            "trl_gib": theirs["peak_memory_gib"],
+            "ours_cpu": statistics.median(update["cpu_seconds"] for update in mine["updates"]) / args.batch,
+            "trl_cpu": statistics.median(theirs["cpu_seconds"]) / args.batch,
+            "ours_other_cores": [update["other_cores"] for update in mine["updates"]],
         })  # fmt: skip
         print(f"pair {pair + 1}: {ours_rate:.3f} and {trl_rate:.3f} episodes/s", flush=True)
-    median = {name: statistics.median(pair[name] for pair in pairs) for name in list(pairs[0])[:5]}
+    median = {name: statistics.median(pair[name] for pair in pairs) for name in list(pairs[0])[:7]}
     result = {"shape": args.shape, "batch": args.batch, "micro_batch": args.micro_batch, "machine": mine["machine"]}
     result |= {"mean_response": mine["mean_response"], "mean_tokens": mine["mean_tokens"], "posts": mine["posts"]}
+    median["cpu_ratio"] = median["trl_cpu"] / median["ours_cpu"]
     result |= {"median": median, "memory_ratio": median["ours_gib"] / median["trl_gib"], "pairs": pairs}
     command = "python benchmark/peers/compare.py " + " ".join(sys.argv[1:])
     result |= {"command": command, "date": time.strftime("%Y-%m-%d")}
-    memory = result["memory_ratio"]
-    print(f"{args.shape}: {median['ratio']:.2f} times TRL's episodes/s with {memory:.2f} times its peak memory")
+    print(f"{args.shape}: {median['ratio']:.2f} times TRL's episodes/s, {result['memory_ratio']:.2f} times its memory")
+    print(f"in processor seconds per episode, TRL takes {median['cpu_ratio']:.2f} times ours")
     found = json.loads(Path(args.out).read_text()) if os.path.exists(args.out) else []
     Path(args.out).write_text(json.dumps(found + [result], indent=1) + "\n", encoding="utf-8")
 

@@ -4,8 +4,8 @@ own environment (setup.sh).
 
 The same as in ppo.py: models, tokenizer, queries, batch, micro-batch, epochs, minibatches, response length,
 temperature, fp32, AdamW, the versions of torch and transformers, sampling all rows of the batch at a time.
-Not the same, because TRL does it so: batches are padded to the longest query and response of the whole batch; logits are
-computed at all positions; statistics are those of TRL. Switched off in TRL, in its favour: evaluation samples
+Not the same, because TRL does it so: batches are padded to the longest query and response of the whole batch; logits
+are computed at all positions; statistics are those of TRL. Switched off in TRL, in its favour: evaluation samples
 (num_sample_generations), gradient checkpointing (its default would cost another forward pass, and save memory),
 checkpoints and reports.
 """
@@ -34,7 +34,7 @@ class Stopwatch(TrainerCallback):
     ends = []
 
     def on_step_end(self, *arguments, **named):
-        self.ends.append(time.perf_counter())
+        self.ends.append((time.perf_counter(), time.process_time()))
 
 
 tokenizer = AutoTokenizer.from_pretrained(f"{args.folder}/sft", padding_side="left")
@@ -69,7 +69,7 @@ trainer = PPOTrainer(
     train_dataset=data, eval_dataset=data, callbacks=[Stopwatch],
 )  # fmt: skip
 trainer.train()
-seconds = [end - begin for begin, end in zip(Stopwatch.ends, Stopwatch.ends[1:])]
+wall, cpu = [[b - a for a, b in zip(ends, ends[1:])] for ends in zip(*Stopwatch.ends)]
 with open(args.out, "w", encoding="utf-8") as file:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    json.dump({"seconds": seconds, "episodes_per_update": args.batch, "peak_memory_gib": peak}, file)
+    json.dump({"seconds": wall, "cpu_seconds": cpu, "peak_memory_gib": peak}, file)
