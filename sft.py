@@ -40,6 +40,7 @@ import uuid
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from importlib.metadata import version
 from typing import Literal, Optional
 
@@ -50,7 +51,7 @@ import transformers
 import tyro
 import wandb
 from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from datasets import load_dataset
 from huggingface_hub import HfApi, ModelCardData
 from rouge_score.rouge_scorer import RougeScorer
@@ -208,7 +209,11 @@ def start_accelerator(args) -> Accelerator:
         fail(f"the launcher's mixed precision is {launched}, the script's is {precision} (--bf16): {wanted}")
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available():
         PartialState(cpu=True)  # CPUs speak to each other through gloo; accelerate alone would not think of it
-    accelerator = Accelerator(gradient_accumulation_steps=args.gradient_accumulation_steps, mixed_precision=precision)
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # the others wait while one writes a large checkpoint
+    accumulation = args.gradient_accumulation_steps
+    accelerator = Accelerator(
+        gradient_accumulation_steps=accumulation, mixed_precision=precision, kwargs_handlers=[patience]
+    )
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.local_micro_batch_size  # it has no data loader
@@ -855,7 +860,7 @@ def evaluate(args, accelerator: Accelerator, model, posts, tokenizer) -> dict:
 
 # ---- Interruption: stop after an update, save, go on (nothing here belongs to the algorithm) -------------------------
 class StopSignal:
-    """Remembers SIGTERM (preemption) or SIGINT (Ctrl-C) until the update is finished; a second one acts at once."""
+    """Remembers SIGTERM (preemption) or SIGINT (Ctrl-C) until the update is finished; a second Ctrl-C acts at once."""
 
     def __init__(self):
         self.number, self.training = 0, False
@@ -863,7 +868,8 @@ class StopSignal:
             signal.signal(number, self.receive)
 
     def receive(self, number, frame):
-        if self.number or not self.training:  # before and after training there is nothing to finish first
+        # Before and after training there is nothing to finish first. (Launchers repeat SIGTERM; that changes nothing.)
+        if not self.training or (self.number and number == signal.SIGINT):
             self.leave(number)
         self.number = number
 
@@ -1004,6 +1010,7 @@ def save_checkpoint(args, accelerator: Accelerator, model, optimizer, update: in
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)  # gives its room back; the checkpoint before it is untouched
         fail(f"{folder} cannot be written ({error}): make room or mend the folder, then go on with --resume")
+    accelerator.wait_for_everyone()  # if one process left while the first still writes, the launcher would end all
 
 
 def checkpoint_tensors(manifest: dict, kind: str):
