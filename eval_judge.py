@@ -154,18 +154,21 @@ def fail(message: str, everywhere: bool = False):
     """End the run with one clear line on stderr and exit code 2: for what the user can mend, not for bugs."""
     # What all processes find wrong is said once; what one of them meets alone (its memory), it says itself.
     if everywhere or os.environ.get("RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        tqdm.write(f"error: {message}", file=sys.stderr)  # below a progress bar, not into it
     raise SystemExit(2)  # the code of a wrong call, as for a flag that does not exist
 
 
 def write_whole(path: str, text: str):
     """Write `text` to the file `path` whole or not at all: under a temporary name in the same folder, then renamed."""
     temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())  # on the disk before the rename: a crash must not leave an empty file there
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # on the disk before the rename: a crash must not leave an empty file there
+        os.replace(temporary, path)
+    except OSError as error:
+        fail(f"{path} cannot be written ({error}): make room or mend the folder, then run the same command again")
 
 
 # --------------------------------------------------------------------------------------------------------------------

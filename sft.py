@@ -10,8 +10,8 @@ How to run
     python sft.py --base_model FOLDER --query_dataset FOLDER          # local folders, one process, CPU or GPU
     python sft.py --base_model FOLDER --total_episodes 0 --run_eval   # only evaluate
 
-What it writes, in --output_dir: model/ (safetensors, config, tokenizer), metrics.jsonl, args.json, summary.json and,
-with --run_eval, samples_<split>.csv.
+What it writes, in --output_dir: model/ (safetensors, config, tokenizer), metrics.jsonl, args.json, summary.json,
+checkpoints/ and, with --run_eval, samples_<split>.csv. The same command with --resume goes on after an interruption.
 
 Where it differs from the code of the paper (arXiv 2403.17031), on purpose
     1. Raw columns are read, formatted and tokenized here; nothing has to be preprocessed by another script.
@@ -38,7 +38,7 @@ import sys
 import time
 import uuid
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib.metadata import version
@@ -154,7 +154,7 @@ def fail(message: str, everywhere: bool = False):
     """End the run with one clear line on stderr and exit code 2: for what the user can mend, not for bugs."""
     # What all processes find wrong is said once; what one of them meets alone (its memory), it says itself.
     if everywhere or os.environ.get("RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        tqdm.write(f"error: {message}", file=sys.stderr)  # below a progress bar, not into it
     raise SystemExit(2)  # the code of a wrong call, as for a flag that does not exist
 
 
@@ -169,11 +169,14 @@ def attempt(load, message: str):
 def write_whole(path: str, text: str):
     """Write `text` to the file `path` whole or not at all: under a temporary name in the same folder, then renamed."""
     temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())  # on the disk before the rename: a crash must not leave an empty file there
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # on the disk before the rename: a crash must not leave an empty file there
+        os.replace(temporary, path)
+    except OSError as error:
+        fail(f"{path} cannot be written ({error}): make room or mend the folder, then run the same command again")
 
 
 def check_flags(args, may_be_zero: tuple, any_number: tuple = ()):
@@ -209,6 +212,11 @@ def start_accelerator(args) -> Accelerator:
         fail(f"the launcher's mixed precision is {launched}, the script's is {precision} (--bf16): {wanted}")
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available():
         PartialState(cpu=True)  # CPUs speak to each other through gloo; accelerate alone would not think of it
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            import deepspeed  # only who launches with DeepSpeed needs it
+
+            # An extension that would be compiled for minutes, behind a lock that a killed run leaves locked for ever.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # the others wait while one writes a large checkpoint
     accumulation = args.gradient_accumulation_steps
     accelerator = Accelerator(
@@ -592,6 +600,7 @@ def generate(model, queries: torch.Tensor, response_length: int, temperature: fl
         # a sum over 50,000 probabilities would round the rare ones away.
         cdf = logits.double().softmax(-1).cumsum(-1)  # (A, V)
         token = torch.searchsorted(cdf, uniforms[alive, t, None] * cdf[:, -1:], right=True).squeeze(1)  # (A,)
+        token = token.clamp(max=logits.shape[1] - 1)  # NaN would give an id beyond; it is reported after the rollout
         responses[alive, t] = token  # EOS itself is part of the response
         going_on = (token != eos).nonzero().squeeze(1)  # positions within the alive rows
         if len(going_on) == 0:
@@ -612,7 +621,10 @@ def start_records(args, accelerator: Accelerator, run: dict, checkpoint: dict, b
         return  # one process writes, or files would be torn
     attempt(lambda: os.makedirs(args.output_dir, exist_ok=True), f"--output_dir {args.output_dir}: it cannot be made")
     if run and os.path.exists(f"{args.output_dir}/metrics.jsonl"):  # what follows the checkpoint is logged again
-        os.truncate(f"{args.output_dir}/metrics.jsonl", checkpoint.get("metrics_bytes", 0))
+        os.truncate(f"{args.output_dir}/metrics.jsonl", checkpoint.get("metrics", [0])[0])
+    for folder in checkpoint_folders(args):  # those that were skipped: they must not push good ones out
+        if folder > checkpoint.get("folder", ""):
+            shutil.rmtree(folder)
     here = os.path.dirname(os.path.abspath(__file__))
     git = ["git", "-C", here, "rev-parse", "HEAD"] if shutil.which("git") else ["true"]  # a copy without git has none
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
@@ -625,7 +637,7 @@ def start_records(args, accelerator: Accelerator, run: dict, checkpoint: dict, b
     record["versions"] = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
     record["launch"] = f"{accelerator.num_processes} x {accelerator.device.type}, {accelerator.distributed_type.value}"
     path = os.path.join(args.output_dir, "args.json")
-    attempt(lambda: write_whole(path, json.dumps(record, indent=2) + "\n"), f"{path} cannot be written")
+    write_whole(path, json.dumps(record, indent=2) + "\n")
     if args.track:
         where = dict(project=args.wandb_project_name, entity=args.wandb_entity, dir=args.output_dir)
         wandb.init(id=run_id, resume="allow", name=f"{args.exp_name}__{args.seed}", config=record, **where)
@@ -650,7 +662,7 @@ def log_metrics(metrics: dict, args, accelerator: Accelerator):
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
     except OSError as error:
-        if os.path.exists(path):
+        with suppress(OSError):
             os.truncate(path, size)  # no torn line: those before it stay whole
         fail(f"{path} cannot be written ({error}): make room or mend the folder, then go on with --resume")
     if args.track:
@@ -906,8 +918,10 @@ def earlier_run(args) -> dict:
         fail(f"{where} {found[0]} but no args.json, so no run that --resume could go on with: name another folder")
     path, script = f"{args.output_dir}/args.json", os.path.basename(__file__)
     run = attempt(lambda: json.loads(open(path, encoding="utf-8").read()), f"{where} an args.json that is torn")
-    if run.get("script") != script:
-        fail(f"{where} a run of {run.get('script')}, not of {script}: name another folder")
+    if not isinstance(run, dict) or not {"run_id", "script", "args", "batch_size"} <= run.keys():
+        fail(f"{where} an args.json that is not of a run that --resume could go on with: name another folder")
+    if run["script"] != script:
+        fail(f"{where} a run of {run['script']}, not of {script}: name another folder")
     for name, value in vars(args).items():
         before = run["args"].get(name)
         if name not in MAY_CHANGE and value != before:
@@ -926,10 +940,18 @@ def file_state(path: str) -> list:
         return [os.path.getsize(path), hashlib.file_digest(file, "sha256").hexdigest()]
 
 
+def digest(manifest: dict) -> str:
+    """SHA-256 of what a manifest says, so that a flipped bit in it is noticed as well."""
+    content = {name: value for name, value in manifest.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def read_manifest(folder: str, run_id: str) -> dict:
     """The manifest of a checkpoint, plus its `folder`. ValueError unless it is of this run and every file is whole."""
     with open(f"{folder}/manifest.json", encoding="utf-8") as file:
         manifest = json.load(file)
+    if manifest["digest"] != digest(manifest) or not folder.endswith(f"update_{manifest['update']:08d}"):
+        raise ValueError("its manifest is not as it was written")
     if manifest["run_id"] != run_id:
         raise ValueError("it belongs to another run")
     for name, state in manifest["files"].items():
@@ -938,19 +960,28 @@ def read_manifest(folder: str, run_id: str) -> dict:
     return manifest | {"folder": folder}
 
 
+def checkpoint_folders(args) -> list[str]:
+    """The folders of finished checkpoints, the oldest first."""
+    return sorted(glob.glob(os.path.join(glob.escape(args.output_dir), "checkpoints", "update_" + "[0-9]" * 8)))
+
+
 def find_checkpoint(args, run: dict, batch_size: int, accelerator: Accelerator) -> dict:
     """The manifest of the newest whole checkpoint of `run`, the same on all processes; {} if there is none."""
     if run and run["batch_size"] != batch_size:
         fail(f"the batch is {batch_size}, that of the run to resume was {run['batch_size']}: keep the flags' product")
     manifest = {}
     if accelerator.is_main_process and run:  # one process reads and decides for all
-        folders = glob.glob(os.path.join(glob.escape(args.output_dir), "checkpoints", "update_" + "[0-9]" * 8))
-        for folder in sorted(folders, reverse=True):
+        for folder in reversed(checkpoint_folders(args)):
             try:
                 manifest = read_manifest(folder, run["run_id"])
                 break
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 print(f"note: the checkpoint {folder} is skipped: {error}")
+    if manifest:
+        path, (size, expected) = f"{args.output_dir}/metrics.jsonl", manifest["metrics"]
+        logged = attempt(lambda: open(path, "rb").read(size), f"{path}: put back what is missing to resume the run")
+        if hashlib.sha256(logged).hexdigest() != expected:
+            fail(f"{path} no longer begins with what the run had logged: put it back, or remove the folder")
     manifest = broadcast_object_list([manifest])[0]
     if args.resume:
         where = f"resuming after update {manifest['update']}" if manifest else "no checkpoint yet: starting afresh"
@@ -998,18 +1029,17 @@ def save_checkpoint(args, accelerator: Accelerator, model, optimizer, update: in
         if main:
             with open(f"{args.output_dir}/args.json", encoding="utf-8") as file:
                 manifest = {"run_id": json.load(file)["run_id"], "update": update, "adam_steps": adam_steps}
-            manifest |= {"metrics_bytes": file_state(f"{args.output_dir}/metrics.jsonl")[0], "files": files}
+            manifest |= {"metrics": file_state(f"{args.output_dir}/metrics.jsonl"), "files": files}
+            manifest["digest"] = digest(manifest)
             write_whole(f"{temporary}/manifest.json", json.dumps(manifest, indent=2) + "\n")
-            shutil.rmtree(folder, ignore_errors=True)  # a torn one, which this run skipped when it resumed
             os.rename(temporary, folder)
-            # Whatever is newer than this one is torn too, and must not push out the good ones.
-            others = sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(folder)), "update_*")))
-            older, newer = [o for o in others if o < folder], [o for o in others if o > folder]
-            for other in older[: max(0, len(older) - args.keep + 1)] + newer:
-                shutil.rmtree(other)
+            for older in checkpoint_folders(args)[: -args.keep]:
+                shutil.rmtree(older)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)  # gives its room back; the checkpoint before it is untouched
         fail(f"{folder} cannot be written ({error}): make room or mend the folder, then go on with --resume")
+    finally:
+        if main:
+            shutil.rmtree(temporary, ignore_errors=True)  # what could not be finished gives its room back
     accelerator.wait_for_everyone()  # if one process left while the first still writes, the launcher would end all
 
 
@@ -1035,6 +1065,7 @@ def restore_optimizer(model, optimizer, manifest: dict, accelerator: Accelerator
     deepspeed, steps = accelerator.distributed_type == DistributedType.DEEPSPEED, manifest["adam_steps"]
     if deepspeed:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
         # AdamW makes its state in its first step. Here it must be there before: over ZeRO's flat partitions.
         zero, stage = optimizer.optimizer, zero_stage(accelerator)
@@ -1043,12 +1074,21 @@ def restore_optimizer(model, optimizer, manifest: dict, accelerator: Accelerator
             zero.optimizer.state[flat] = dict(step=torch.tensor(float(steps), device=flat.device), **moments)
         if stage < 3:
             zero._lazy_init_hp_params_optimizer_state()
-        for name, value in checkpoint_tensors(manifest, "parameter"):
-            safe_set_full_fp32_param(parameters[name], value.to(accelerator.device))
-    for kind in ("exp_avg", "exp_avg_sq"):
+    for kind in ("parameter", "exp_avg", "exp_avg_sq") if deepspeed else ("exp_avg", "exp_avg_sq"):
         for name, value in checkpoint_tensors(manifest, kind):
             parameter, value = parameters[name], value.to(accelerator.device)
-            if deepspeed:
+            if deepspeed and stage == 3:  # each process holds an equal part of the flat tensor, padded with zeros
+                size = -(-value.numel() // accelerator.num_processes)
+                flat = value.new_zeros(size * accelerator.num_processes)
+                flat[: value.numel()] = value.flatten()
+                part = flat[accelerator.process_index * size :][:size]
+                if kind == "parameter":
+                    safe_set_local_fp32_param(parameter, part)
+                else:
+                    safe_set_local_optimizer_state(parameter, part, kind)
+            elif deepspeed and kind == "parameter":
+                safe_set_full_fp32_param(parameter, value)
+            elif deepspeed:
                 safe_set_full_optimizer_state(parameter, value, kind)
             else:
                 state = optimizer.state[parameter]

@@ -9,9 +9,14 @@ import json
 import os
 import random
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -211,11 +216,14 @@ def run_inside(module, *flags):
     reset_accelerate()
     out, err, code = io.StringIO(), io.StringIO(), 0
     argv = [module.__file__, *map(str, flags)]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}  # main sets its own
     with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             module.main()
         except SystemExit as stopped:
             code = stopped.code
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
 
 
@@ -226,6 +234,87 @@ def run_script(name, *flags, env=(), launcher=()):
     return subprocess.run(
         command, env=clean | dict(env), capture_output=True, text=True, encoding="utf-8", timeout=300, cwd=CACHE
     )
+
+
+# What a launcher tells the processes of an engine: those of benchmark/accelerate/cpu_*.yaml.
+ENGINES = {
+    "one": (1, {}),
+    "ddp": (2, {"ACCELERATE_USE_CPU": "true"}),
+    "zero2": (2, {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}),
+    "zero3": (2, {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}),
+}
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def run_forked(module, *flags, engine="one", inside=None, env=(), timeout=100):
+    """
+    Run a script's main() in forked copies of this process, one for each process of the engine: as real as processes
+    that a launcher starts (they can be killed), without the seconds that each would spend on imports.
+    `inside(rank)` is called in each before main(), to put something in its way. Returns one result per process; the
+    code of one that a signal has ended is minus its number.
+    """
+    processes, variables = ENGINES[engine]
+    if engine.startswith("zero"):
+        import deepspeed  # once, here, not in every fork
+        from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401  which compiles something for seconds
+
+        # Speaks through gloo without it; to be compiled, it would need a lock, which a killed process leaves behind.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    variables = {**variables, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **dict(env)}
+    pids, pipes, texts = [], [(os.pipe(), os.pipe()) for _ in range(processes)], {}
+    sys.stdout.flush(), sys.stderr.flush()
+    for rank, (out, err) in enumerate(pipes):
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                os.dup2(out[1], 1), os.dup2(err[1], 2)
+                for end in {end for pair in pipes for pipe in pair for end in pipe}:
+                    os.close(end)
+                sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+                if processes > 1:
+                    ranks = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes)
+                    os.environ.update({name: str(value) for name, value in ranks.items()} | variables)
+                os.environ.update(dict(env))
+                reset_accelerate()
+                sys.argv = [module.__file__, *map(str, flags)]
+                if inside:
+                    inside(rank)
+                module.main()
+                code = 0
+            except SystemExit as stopped:
+                code = stopped.code or 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush(), sys.stderr.flush()
+                os._exit(code)
+        pids.append(pid)
+
+    def drain(pipe):
+        os.close(pipe[1])
+        with open(pipe[0], encoding="utf-8", errors="replace", newline="") as file:
+            texts[pipe] = file.read()
+
+    readers = [threading.Thread(target=drain, args=(pipe,)) for pair in pipes for pipe in pair]
+    [reader.start() for reader in readers]
+    deadline, codes = time.time() + timeout, {}
+    while len(codes) < processes:
+        for pid in set(pids) - set(codes):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+            elif time.time() > deadline:
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.005)
+    [reader.join() for reader in readers]
+    results = [SimpleNamespace(code=codes[p], out=texts[out], err=texts[err]) for p, (out, err) in zip(pids, pipes)]
+    return results if processes > 1 else results[0]
 
 
 def read_metrics(output_dir):
@@ -239,3 +328,31 @@ def read_json(path):
 def without_clock(metrics):
     """Metrics without the wall-clock fields."""
     return [{k: v for k, v in row.items() if k != "eps" and not k.startswith("time/")} for row in metrics]
+
+
+@pytest.fixture(scope="session")
+def small_chain(data, base_models, tmp_path_factory):
+    """Flags for six updates of each script on a small model, which is its own SFT model, and a reward model on it."""
+    import reward
+
+    base, out = base_models["gpt_neox"], tmp_path_factory.mktemp("small-reward")
+    tokenizer = reward.load_tokenizer(base, "x")
+    model = reward.load_classifier(base, reward.load_config(base, "x"), tokenizer, "x", new_head=True)
+    reward.save_model(model, model.state_dict(), tokenizer, "right", str(out))
+    common = ("--query_dataset", data.posts, *LENGTHS, "--total_episodes", 48, "--lr", 1e-3, "--run_eval")
+    common += ("--gradient_accumulation_steps", 2)
+    own = {
+        "sft": ("--base_model", base, "--response_length", 8, "--print_samples_every", 0),
+        "reward": ("--sft_model_path", base, "--label_dataset", data.pairs, "--normalization_rows", 9),
+        "ppo": ("--sft_model_path", base, "--reward_model_path", out / "model", "--response_length", 8)
+        + ("--num_ppo_epochs", 2, "--num_mini_batches", 2, "--print_samples_every", 0),
+    }
+    micro = {"sft": 4, "reward": 4, "ppo": 2}  # per process, for a batch of 8; half of it on two
+    flags = {
+        name: SimpleNamespace(
+            one=(*common, *own[name], "--local_micro_batch_size", micro[name]),
+            two=(*common, *own[name], "--local_micro_batch_size", micro[name] // 2),
+        )
+        for name in own
+    }
+    return SimpleNamespace(**flags, base=base, reward_model=out / "model", data=data)
