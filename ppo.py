@@ -1105,9 +1105,9 @@ def start_records(args, accelerator: Accelerator, run: dict, checkpoint: dict, b
     attempt(lambda: os.makedirs(args.output_dir, exist_ok=True), f"--output_dir {args.output_dir}: it cannot be made")
     if run and os.path.exists(f"{args.output_dir}/metrics.jsonl"):  # what follows the checkpoint is logged again
         os.truncate(f"{args.output_dir}/metrics.jsonl", checkpoint.get("metrics", [0])[0])
-    for folder in checkpoint_folders(args):  # those that were skipped: they must not push good ones out
-        if folder > checkpoint.get("folder", ""):
-            shutil.rmtree(folder)
+    for folder in glob.glob(os.path.join(glob.escape(args.output_dir), "checkpoints", "update_*")):
+        if folder.endswith(".tmp") or folder > checkpoint.get("folder", ""):  # unfinished or torn: not to be kept
+            shutil.rmtree(folder, ignore_errors=True)
     here = os.path.dirname(os.path.abspath(__file__))
     git = ["git", "-C", here, "rev-parse", "HEAD"] if shutil.which("git") else ["true"]  # a copy without git has none
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None

@@ -417,7 +417,8 @@ def test_by_command(good, name, change):
 
 def test_a_number_that_is_not_finite_ends_the_run(good, tmp_path, monkeypatch):
     """The run stops at once, in one line that says what and where, rather than writing a broken model."""
-    monkeypatch.setattr(sft, "token_nll", lambda logits, ids, mask: logits.sum(-1) * torch.nan)
+    original = sft.summed_nll
+    monkeypatch.setattr(sft, "summed_nll", lambda *args: original(*args) * torch.nan)
     flags = [part for pair in good["sft"].items() for part in pair]
     done = run_inside(sft, *flags)
     assert done.code == 2 and "error: sft/loss is nan, grad_norm is nan at episode 4: lower --lr" in done.err

@@ -6,7 +6,6 @@ Most runs here are forks of this process (`run_forked`): they can be killed, and
 benchmark/kill.py kills real launches, at random moments.
 """
 
-import functools
 import json
 import os
 import re
@@ -40,11 +39,6 @@ import sft
 MODULES = {"sft": sft, "reward": reward, "ppo": ppo}
 UPDATES = 6
 EVERY_TWO = ("--save_every", 2, "--keep", 3)
-known = functools.partial(pytest.mark.xfail, strict=True)  # a fault that is known; the mark goes with it
-
-
-def faulty(value, reason):
-    return pytest.param(value, marks=known(reason=reason))
 
 
 def at(module, function, number, act, after=False):
@@ -298,11 +292,7 @@ def test_another_batch_is_refused_but_another_cut_of_it_is_not(script, stopped, 
     )
 
 
-BROKEN_RECORD = "earlier_run expects an object with args in args.json"
-
-
-@pytest.mark.parametrize("text", ["", '{"run_id": "x", "script"', "{}", faulty("[]", BROKEN_RECORD),
-                                  faulty('{"script": "sft.py"}', BROKEN_RECORD)])  # fmt: skip
+@pytest.mark.parametrize("text", ["", '{"run_id": "x", "script"', "{}", "[]", '{"script": "sft.py"}'])
 def test_args_json_that_is_torn_is_refused(script, stopped, text):
     shutil.copytree(stopped, script.root / "o")
     (script.root / "o/args.json").write_text(text)
@@ -353,7 +343,6 @@ def test_all_checkpoints_torn_starts_afresh(script, stopped, whole):
     same(result, whole("sft"))
 
 
-@known(reason="the manifest has no digest of itself")
 def test_any_flipped_bit_of_the_manifest_is_noticed(stopped, tmp_path):
     """Counters and the position in metrics.jsonl are in it: a digit that has changed would be believed."""
     shutil.copytree(stopped / "checkpoints/update_00000004", tmp_path / "update_00000004")
@@ -372,7 +361,6 @@ def test_any_flipped_bit_of_the_manifest_is_noticed(stopped, tmp_path):
     assert not believed
 
 
-@known(reason="save_checkpoint counts torn and unfinished ones that are older among those to keep")
 def test_keep_and_torn_checkpoints_never_push_out_good_ones(script, stopped, whole):
     shutil.copytree(stopped, script.root / "o")
     flip(script.root / "o/checkpoints/update_00000006/part_0000.safetensors", 2000)
@@ -414,8 +402,7 @@ FULL = {
 }
 
 
-@pytest.mark.parametrize("what", [faulty(w, "write_whole is not guarded") if w[4:] in ("samples", "summary") else w
-                                  for w in FULL])  # fmt: skip
+@pytest.mark.parametrize("what", FULL)
 def test_disk_full_elsewhere(what, script, whole):
     out = script.root / "o"
     done = script.run("o", inside=lambda rank: FULL[what](out), code=2)
@@ -425,7 +412,6 @@ def test_disk_full_elsewhere(what, script, whole):
     same(script.resumed("o")[0], whole("sft"))
 
 
-@known(reason="log_metrics cannot truncate a device")
 def test_disk_full_by_device(script, whole):
     """ENOSPC itself: /dev/full in the place of metrics.jsonl."""
     done = script.run(
@@ -440,7 +426,6 @@ def full_device(out):
     return lambda: os.symlink("/dev/full", out / "metrics.jsonl")
 
 
-@known(reason="a metrics.jsonl that is too short is filled up with zeros, and one that is gone is not missed")
 @pytest.mark.parametrize("lines", [None, 2])
 def test_metrics_that_are_shorter_than_the_checkpoint_says(lines, script, stopped, whole):
     """Somebody has removed or cut metrics.jsonl: the run must not go on as if all were there."""
@@ -479,7 +464,7 @@ def poison(folder, path, name, value):
         ("sft", "base_model"),
         ("reward", "sft_model_path"),
         ("ppo", "reward_model_path"),
-        pytest.param("ppo", "sft_model_path", marks=known(reason="generate samples an id beyond the embedding")),
+        ("ppo", "sft_model_path"),
     ],
 )
 def test_poisoned_weight(name, flag, value, scripts, small_chain, tmp_path):

@@ -44,7 +44,7 @@ def prepare(folders, number=24, **flags):
     posts = make_posts(number, 50)
     columns = {name: [row[name] for row in posts] for name in posts[0]}
     rows = ppo.tokenize_posts(columns, tokenizer, 48, 53, 562)
-    return args, accelerator, (model.eval(), *frozen, tokenizer), rows
+    return args, accelerator, (model.eval(), *frozen, None, tokenizer), rows
 
 
 def count(modules):
@@ -58,7 +58,7 @@ def count(modules):
 
 def watch(networks):
     """Counts at the first layer of the four bodies (rows x tokens, padding included), and at the two heads."""
-    model, reference, reward_model, _ = networks
+    model, reference, reward_model = networks[:3]
     bodies = {"policy": model.policy.gpt_neox, "reference": reference.gpt_neox}
     bodies |= {"value": model.value_model.body, "reward": reward_model.body}
     seen = count({name: body.layers[0].mlp for name, body in bodies.items()})
@@ -113,7 +113,7 @@ def test_evaluation_runs_the_reward_model_alone_over_references(folders):
             return len(posts)
 
         def __getitem__(self, rows):
-            return posts[rows].to_dict("list")
+            return posts.iloc[rows].to_dict("list")
 
     samples = ppo.evaluation_samples(args, accelerator, networks, Posts())
     assert len(samples) == 24
