@@ -42,7 +42,8 @@ def test_files_that_are_named_exist():
 
 def test_flags_that_are_named_exist():
     sources = "\n".join(SCRIPTS.values()) + "\n".join(path.read_text() for path in (ROOT / "benchmark").glob("*.py"))
-    of_others = {"mixed_precision", "config_file", "quiet", "num_processes", "index-url"}
+    of_others = {"mixed_precision", "config_file", "quiet", "num_processes", "index-url", "nodes"}
+    of_others |= {"num_machines", "machine_rank", "main_process_ip", "main_process_port"}  # the launcher's
     for flag in set(re.findall(r"--([a-z][\w-]+)", README)) - of_others:
         assert re.search(rf"^    {flag}: ", sources, re.M), f"--{flag} is no flag of any script"
 
@@ -77,6 +78,51 @@ def test_the_figures_are_those_of_the_results():
     assert len(records) >= 3
     assert quickstart_seeds.markdown(records) in README
     assert real_table.markdown(json.loads((ROOT / "benchmark" / "results" / "real_short.json").read_text())) in README
+
+
+def result(name):
+    return json.loads((ROOT / "benchmark" / "results" / f"{name}.json").read_text())
+
+
+def table_after(text):
+    """The rows of the first table after some text, as lists of cells."""
+    lines = README[README.index(text) :].splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("| "))
+    last = next(i for i, line in enumerate(lines) if i > first and not line.startswith("|"))
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[first + 2 : last]]
+
+
+def test_the_figures_of_the_engines_are_those_of_the_results():
+    sys.path.insert(0, str(ROOT / "benchmark"))
+    import engines
+
+    record = result("engines")
+    assert engines.table(record["results"]) in README and len(record["results"]) == 12
+    for row in record["results"]:
+        expected = next(other["value"] for other in record["results"] if other["script"] == row["script"])
+        assert row["value"] == pytest.approx(expected, rel=1e-5)
+        assert row["script"] != "ppo" or row["largest parameter difference"] < 2e-5
+
+
+def test_the_figures_of_the_kills_are_those_of_the_results():
+    kills = result("kill")["results"]
+    found = table_after("`python benchmark/kill.py`, 2026")
+    assert [(row[0], *map(int, row[2:])) for row in found] == [
+        (f"`{k['script']}`", k["kills"], k["kills_inside_a_save"], k["kills_inside_an_update"],
+         k["kills_before_the_first_checkpoint"], k["differences"], k["lost_metrics_lines"]) for k in kills
+    ]  # fmt: skip
+    assert f"{sum(k['kills'] for k in kills)} kills, no difference, no lost line" in README
+    assert all(k["differences"] == k["lost_metrics_lines"] == 0 for k in kills)
+
+
+def test_the_figures_of_the_memory_are_those_of_the_results():
+    record = result("memory")
+    for row, expected in zip(table_after("`python benchmark/memory.py` computes"), record["paper"], strict=True):
+        assert row[0].startswith(expected["size"].upper()) and row[1] == str(expected["gpus"])
+        assert row[3] == f"{expected['peak']:.1f} GiB" and row[6] == f"{expected['host'][0]:.0f} GiB"
+        assert all(expected[card].startswith(cell) for card, cell in (("80 GB", row[4]), ("141 GB", row[5])))
+    ratios = [check["ratio"] for check in record["check"]]
+    assert f"is between {min(ratios):.2f} and {max(ratios):.2f}" in README
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
