@@ -6,8 +6,11 @@ every flag has an effect, that the same seed gives the same result, on one proce
 import dataclasses
 import functools
 import inspect
+import json
 import math
 import socket
+import struct
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -35,6 +38,7 @@ from fake_hub import FakeHub
 from rouge_score.rouge_scorer import RougeScorer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from wandb.proto import wandb_internal_pb2
 
 import ppo
 import reward
@@ -170,6 +174,35 @@ def test_tracker(chain):
         assert text in content
 
 
+def tracked_rows(path):
+    """The history in a .wandb file: records in LevelDB's log format, each a protocol buffer of the wandb client."""
+    content, position, message, rows = path.read_bytes(), 7, b"", []
+    while position < len(content):
+        left = 32768 - position % 32768  # a block; what is too small for a record's head is filled with zeros
+        if left < 7:
+            position += left
+            continue
+        _, size, kind = struct.unpack_from("<IHB", content, position)
+        message += content[position + 7 : position + 7 + size]
+        position += 7 + size
+        if kind in (1, 4):  # the whole of a message, or its last part
+            record, message = wandb_internal_pb2.Record.FromString(message), b""
+            if record.WhichOneof("record_type") == "history":
+                items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+                rows.append({name: json.loads(value) for name, value in items.items() if not name.startswith("_")})
+    return rows
+
+
+def test_tracked_run_is_complete_and_can_be_synced(chain):
+    """All of metrics.jsonl is in the offline run, the evaluation with the last update; the client would upload it."""
+    (file,) = chain.sft.glob("wandb/offline-run-*/*.wandb")
+    *updates, last, evaluation = read_metrics(chain.sft)
+    assert tracked_rows(file) == [*updates, last | evaluation]
+    command = [sys.executable, "-m", "wandb", "sync", "--dry-run", str(file.parent)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and file.parent.name in done.stdout + done.stderr, done.stderr
+
+
 def test_reward_metrics(chain):
     metrics = read_metrics(chain.reward)
     assert [row["episode"] for row in metrics] == [8 * i for i in range(1, 9)] + [64]
@@ -269,6 +302,10 @@ def check_upload(hub, repo, out):
     names = {path for owner, path in hub.files if owner == repo}
     assert hub.created == [repo] and hub.tokens - {""} == {TOKEN}
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md", "args.json", "metrics.jsonl"} <= names
+    card, summary = hub.files[repo, "README.md"].decode(), read_json(out / "summary.json")
+    assert hub.cards and card.startswith("---\nlibrary_name: transformers\n")  # the hub was asked about its header
+    assert "from_pretrained" in card and f"--hf_repo_id {repo}" in card and "| lr | 0.001 |" in card
+    assert all(f"| {name} | {value} |" in card for name, value in summary.items())
     for name in names:
         inside = out / "model" / name
         assert hub.files[repo, name] == (inside if inside.exists() else out / name).read_bytes()
