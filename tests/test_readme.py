@@ -125,6 +125,18 @@ def test_the_figures_of_the_memory_are_those_of_the_results():
     assert f"is between {min(ratios):.2f} and {max(ratios):.2f}" in README
 
 
+def test_the_figures_of_the_quickstart_under_zero2_are_those_of_the_results():
+    record, one = result("quickstart_zero2"), result("quickstart")["runs"][0]
+    for stage in ("sft", "ppo"):
+        low, high = record[f"{stage}/win_rate_ci95"]
+        rate = record[f"{stage}/win_rate"]
+        assert f"{stage.upper()} {rate:.3f} [{low:.3f}, {high:.3f}]" in README
+        assert low <= one[f"{stage}/win_rate"] <= high  # as one process has it
+    low, high = record["reward/eval/accuracy_low"], record["reward/eval/accuracy_high"]
+    assert f"RM accuracy {record['reward/eval/accuracy']:.3f}\n  [{low:.3f}, {high:.3f}]" in README
+    assert low <= one["reward/eval/accuracy"] <= high
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_are_described(name):
     assert f"[`{name}`]({name})" in README
