@@ -799,6 +799,7 @@ def model_card(args, summary: dict) -> str:
     known = {flag: str(name) for flag, name in names.items() if name and "/" in name and not os.path.exists(name)}
     base = known.get("base_model") or known.get("sft_model_path")
     datasets = [known[flag] for flag in ("label_dataset", "query_dataset") if flag in known]
+    # The header is what the hub shows, filters by, and refuses if it is malformed.
     links = dict(base_model=base, datasets=datasets or None, pipeline_tag=CARD_TASK)
     header = ModelCardData(library_name="transformers", tags=["rlhf", "summarization"], **links).to_yaml()
     results = "\n".join(f"| {name} | {value} |" for name, value in summary.items())
@@ -1045,6 +1046,7 @@ class StopSignal:
 
     def __init__(self):
         self.number, self.training = 0, False
+        # Python runs a handler between two of its own instructions, so never in the middle of a tensor operation.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.receive)
 
@@ -1068,6 +1070,8 @@ class StopSignal:
 
     def agreed(self, accelerator: Accelerator) -> int:
         """The signal that some process has received, or 0: the same on all of them, so that they stop together."""
+        # A scheduler may tell one process only, or tell them at different moments. If one left alone, the others would
+        # wait for it in their next exchange of gradients.
         return int(accelerator.gather(torch.tensor([self.number], device=accelerator.device)).max())
 
 
@@ -1076,6 +1080,7 @@ def earlier_run(args) -> dict:
     What args.json says of the run in --output_dir, {} if there is none. Without --resume there must be none. With it, a
     run that was started with other flags is refused, and if the run is finished, this one ends here with exit code 0.
     """
+    # Before anything is loaded or written: a mistake should show in the first second, and cost nothing.
     names = ("args.json", "metrics.jsonl", "checkpoints", "model", "summary.json")
     found = [name for name in names if os.path.exists(os.path.join(args.output_dir, name))]
     if not found:
@@ -1093,9 +1098,10 @@ def earlier_run(args) -> dict:
         fail(f"{where} a run of {run['script']}, not of {script}: name another folder")
     for name, value in vars(args).items():
         before = run["args"].get(name)
+        # Half a run with one learning rate and half with another would be neither experiment.
         if name not in MAY_CHANGE and value != before:
             fail(f"--{name} is {value}, but the run to resume was started with {before}: pass that, or another folder")
-    if "summary.json" in found:
+    if "summary.json" in found:  # it is written last of all
         if os.environ.get("RANK", "0") == "0":
             print(f"{where} a finished run: there is nothing left to do")
         raise SystemExit(0)
@@ -1119,6 +1125,7 @@ def read_manifest(folder: str, run_id: str) -> dict:
     """The manifest of a checkpoint, plus its `folder`. ValueError unless it is of this run and every file is whole."""
     with open(f"{folder}/manifest.json", encoding="utf-8") as file:
         manifest = json.load(file)
+    # A disk that was full, a copy that was cut short, a machine that lost its power: none of it may be trained on.
     if manifest["digest"] != digest(manifest) or not folder.endswith(f"update_{manifest['update']:08d}"):
         raise ValueError("its manifest is not as it was written")
     if manifest["run_id"] != run_id:
@@ -1146,6 +1153,8 @@ def find_checkpoint(args, run: dict, batch_size: int, accelerator: Accelerator) 
                 break
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 print(f"note: the checkpoint {folder} is skipped: {error}")
+    # Metrics from before the checkpoint are kept, those from after it are logged again. If somebody has edited or cut
+    # the file, cutting it at that place would lose some.
     if manifest:
         path, (size, expected) = f"{args.output_dir}/metrics.jsonl", manifest["metrics"]
         logged = attempt(lambda: open(path, "rb").read(size), f"{path}: put back what is missing to resume the run")
@@ -1182,6 +1191,7 @@ def save_checkpoint(args, accelerator: Accelerator, model, optimizer, update: in
     temporary, files, part, main = f"{folder}.tmp", {}, {}, accelerator.is_main_process
     parameters = list(accelerator.unwrap_model(model).named_parameters())
     entries = [(kind, name, p) for kind in ("parameter", "exp_avg", "exp_avg_sq") for name, p in parameters]
+    # One process writes, under a temporary name. The rename is what makes it a checkpoint: it happens, or it does not.
     try:
         if main:
             shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed while saving
@@ -1202,6 +1212,7 @@ def save_checkpoint(args, accelerator: Accelerator, model, optimizer, update: in
             manifest["digest"] = digest(manifest)
             write_whole(f"{temporary}/manifest.json", json.dumps(manifest, indent=2) + "\n")
             os.rename(temporary, folder)
+            # Only now may an older one go: there is never a moment without a whole checkpoint.
             for older in checkpoint_folders(args)[: -args.keep]:
                 shutil.rmtree(older)
     except (OSError, SafetensorError) as error:
@@ -1223,9 +1234,10 @@ def checkpoint_tensors(manifest: dict, kind: str):
 
 def restore_parameters(model, manifest: dict):
     """Load the parameters of a checkpoint into a model, before it is wrapped for any engine."""
+    # Before, since an engine may spread, flatten or round what it finds in the model.
     parameters = dict(model.named_parameters())
     for name, value in checkpoint_tensors(manifest, "parameter"):
-        parameters[name].data.copy_(value)
+        parameters[name].data.copy_(value)  # in place: the optimizer holds on to these very tensors
 
 
 def restore_optimizer(model, optimizer, manifest: dict, accelerator: Accelerator):
@@ -1243,6 +1255,7 @@ def restore_optimizer(model, optimizer, manifest: dict, accelerator: Accelerator
             zero.optimizer.state[flat] = dict(step=torch.tensor(float(steps), device=flat.device), **moments)
         if stage < 3:
             zero._lazy_init_hp_params_optimizer_state()
+    # In bf16, ZeRO has made its fp32 masters from parameters that were rounded already: they are set once more.
     for kind in ("parameter", "exp_avg", "exp_avg_sq") if deepspeed else ("exp_avg", "exp_avg_sq"):
         for name, value in checkpoint_tensors(manifest, kind):
             parameter, value = parameters[name], value.to(accelerator.device)
@@ -1267,6 +1280,7 @@ def restore_optimizer(model, optimizer, manifest: dict, accelerator: Accelerator
 def save_or_stop(args, accelerator: Accelerator, model, optimizer, update: int, num_updates: int, steps: int, stop):
     """After each update (of `steps` optimizer steps): write a checkpoint if one is due, and leave if told to."""
     number = stop.agreed(accelerator)
+    # After the last update too: what follows (evaluation, upload) can then fail without training being lost.
     due = args.save_every > 0 and (update % args.save_every == 0 or update == num_updates)
     if number or due:
         save_checkpoint(args, accelerator, model, optimizer, update, adam_steps=update * steps)
@@ -1291,6 +1305,7 @@ def whole_model(model, spare, accelerator: Accelerator):
 
 def weights_to_save(model, plain, optimizer, accelerator: Accelerator) -> dict:
     """What a model folder holds, by name: all parameters, whole and in fp32 whatever the engine, and the buffers."""
+    # A model under DeepSpeed's bf16 holds rounded parameters. The masters, in fp32, are what training has made.
     names = {name for name, _ in plain.named_parameters(remove_duplicate=False)}
     weights = {name: value for name, value in plain.state_dict().items() if name not in names}
     for name, parameter in accelerator.unwrap_model(model).named_parameters():
