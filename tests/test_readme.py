@@ -41,11 +41,12 @@ def test_files_that_are_named_exist():
 
 
 def test_flags_that_are_named_exist():
-    sources = "\n".join(SCRIPTS.values()) + "\n".join(path.read_text() for path in (ROOT / "benchmark").glob("*.py"))
+    benchmarks = [*(ROOT / "benchmark").glob("*.py"), ROOT / "benchmark" / "peers" / "compare.py"]
+    sources = "\n".join(SCRIPTS.values()) + "\n".join(path.read_text() for path in benchmarks)
     of_others = {"mixed_precision", "config_file", "quiet", "num_processes", "index-url", "nodes"}
     of_others |= {"num_machines", "machine_rank", "main_process_ip", "main_process_port"}  # the launcher's
     for flag in set(re.findall(r"--([a-z][\w-]+)", README)) - of_others:
-        assert re.search(rf"^    {flag}: ", sources, re.M), f"--{flag} is no flag of any script"
+        assert re.search(rf'^    {flag}: |"--{flag}"', sources, re.M), f"--{flag} is no flag of any script"
 
 
 def test_the_table_of_flags_tells_the_truth():
@@ -135,6 +136,12 @@ def test_the_figures_of_the_quickstart_under_zero2_are_those_of_the_results():
     low, high = record["reward/eval/accuracy_low"], record["reward/eval/accuracy_high"]
     assert f"RM accuracy {record['reward/eval/accuracy']:.3f}\n  [{low:.3f}, {high:.3f}]" in README
     assert low <= one["reward/eval/accuracy"] <= high
+
+
+def test_the_figures_of_the_comparison_with_trl_are_those_of_the_results():
+    median = result("peers")[0]["median"]
+    rates = f"{median['ours']:.2f} against {median['trl']:.2f} episodes/s ({median['ratio']:.2f} times)"
+    assert f"{rates}, peak memory {median['ours_gib']:.2f} against {median['trl_gib']:.2f} GiB" in README
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
