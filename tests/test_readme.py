@@ -124,6 +124,8 @@ def test_the_figures_of_the_memory_are_those_of_the_results():
         assert all(expected[card].startswith(cell) for card, cell in (("80 GB", row[4]), ("141 GB", row[5])))
     ratios = [check["ratio"] for check in record["check"]]
     assert f"is between {min(ratios):.2f} and {max(ratios):.2f}" in README
+    as_run = record["as the scripts run"]["ratios"]
+    assert f"predicted / measured was {min(as_run):.2f} to {max(as_run):.2f}" in README
 
 
 def test_the_figures_of_the_quickstart_under_zero2_are_those_of_the_results():
