@@ -237,6 +237,10 @@ def start_accelerator(args) -> Accelerator:
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.local_micro_batch_size  # it has no data loader
         plugin.deepspeed_config["gradient_clipping"] = 0.0  # accelerate would fill in 1.0; no stage clips anything
         plugin.dschf = None  # or transformers would spread a model while it loads it; here that is for `prepare` alone
+    if accelerator.num_processes > 1:
+        # Held to the end of the process. Were DDP's reducer the last to hold it, its release would wait, under Python's
+        # global lock, for a thread of gloo, which may be waiting for that lock: a finished run would never leave.
+        accelerator.state.process_group = torch.distributed.group.WORLD
     return accelerator
 
 

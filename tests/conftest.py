@@ -4,6 +4,7 @@ own, a small data set in the schema of the real ones, and ways to run a script: 
 """
 
 import contextlib
+import faulthandler
 import io
 import json
 import os
@@ -282,6 +283,7 @@ def run_forked(module, *flags, engine="one", inside=None, env=(), timeout=100):
                     os.environ.update({name: str(value) for name, value in ranks.items()} | variables)
                 os.environ.update(dict(env))
                 reset_accelerate()
+                faulthandler.dump_traceback_later(timeout - 5)  # says where it hangs
                 sys.argv = [module.__file__, *map(str, flags)]
                 if inside:
                     inside(rank)
