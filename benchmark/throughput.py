@@ -7,7 +7,8 @@ throughput.py: how fast sft.py, reward.py and ppo.py are, and how near that is t
     accelerate launch --config_file FILE benchmark/throughput.py --stage sft --shape 70m
 
 It runs the `main()` of the script itself, with flags, on a model of the shape that is asked for, with random weights.
-The script's own functions are timed from outside, update by update; the first update (allocation, caches) is left out.
+The script's own functions are timed from outside, update by update; the first one (allocation, caches) is left out,
+unless --warm_up 0 says that it shall count.
 Beside the wall clock stand the processor seconds of the process, and how many cores other processes kept busy.
 
 Posts are those of $TLDR_DIR/posts, with the tokenizer beside them. Without that folder they are made up: one token per
@@ -32,6 +33,7 @@ beside it. Utilisation = needed operations / (seconds x the best rate of a squar
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import random
@@ -75,7 +77,8 @@ def parse_flags():
     add("--batch", type=int, default=16, help="rows (pairs) per update and process")
     add("--micro_batch", type=int, default=4, help="rows (pairs) per training pass and process")
     add("--rollout_batch", type=int, help="rows sampled at a time per process; default: all of the batch")
-    add("--updates", type=int, default=5, help="updates that are timed, after one that is not")
+    add("--updates", type=int, default=5, help="updates that are timed")
+    add("--warm_up", type=int, default=1, help="updates before them that are not")
     add("--epochs", type=int, default=4, help="PPO epochs")
     add("--response_length", type=int, default=53)
     add("--mean_response", type=float, help="mean response length; default: no response ends")
@@ -183,11 +186,16 @@ def make_data(args, folder):
     return source
 
 
+def make_inputs(args, config, folder):
+    make_models(args, config, folder)
+    return make_data(args, folder)
+
+
 def script_flags(args, folder):
     """The flags with which the script is run."""
     flags = {"output_dir": folder / "output", "local_micro_batch_size": args.micro_batch}
     flags |= {"gradient_accumulation_steps": args.batch // args.micro_batch}
-    flags |= {"total_episodes": (args.updates + 1) * args.batch * PartialState().num_processes}
+    flags |= {"total_episodes": (args.warm_up + args.updates) * args.batch * PartialState().num_processes}
     if args.stage == "ppo":
         flags |= {"sft_model_path": folder / "sft", "reward_model_path": folder / "reward"}
         flags |= {"query_dataset": folder / "posts", "num_ppo_epochs": args.epochs, "temperature": TEMPERATURE}
@@ -239,6 +247,12 @@ def others_cores(since=None):
     return now, round(max(0.0, busy - mine) / wall, 3)
 
 
+def in_another_process(function, *arguments):
+    """What a function returns, without its memory in the peak of this process."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
 def matrix_peak(bf16):
     """The best rate of a square matrix product, in operations per second."""
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16 if bf16 else torch.float32
@@ -278,28 +292,32 @@ def needed_operations(stage, config, rows, epochs, response_only=False):
 def run_script(args, folder):
     """Run the script; per timed update: seconds, phases, rows of (tokens, response tokens), cores of others."""
     module, calls = {"sft": sft, "reward": reward, "ppo": ppo}[args.stage], {}
-    watch(module, "log_metrics", calls)  # called once per update
     for name in {"ppo": ("rollout", "sample_responses", "ppo_update"), "sft": ("summed_nll",)}.get(args.stage, ()):
         watch(module, name, calls)
     if args.stage == "reward":
         watch(module, "pad_rows", calls)
-    busy, marks, cpu = [], [], []
+    clocks = []  # at the start of the first update and at the end of every one
+
+    def look():
+        now, cores = others_cores(clocks[-1][2] if clocks else None)
+        clocks.append((time.perf_counter(), time.process_time(), now, cores))
 
     def mark(metrics, *rest, log=module.log_metrics):
         log(metrics, *rest)
-        now, cores = others_cores(marks[-1] if marks else None)
-        marks.append(now)
-        busy.append(cores)
-        cpu.append(time.process_time())
+        look()
 
-    module.log_metrics = mark
+    def start(*arguments, train=module.train):
+        synchronize()
+        look()
+        return train(*arguments)
+
+    module.log_metrics, module.train = mark, start
     sys.argv = [f"{args.stage}.py", *script_flags(args, folder)]
     module.main()
-    ends = [end for end, *_ in calls["log_metrics"]][: args.updates + 1]
-    updates = []
-    for i, (begin, end) in enumerate(zip(ends, ends[1:]), 1):
+    updates, timed = [], clocks[args.warm_up : args.warm_up + args.updates + 1]
+    for (begin, cpu_begin, *_), (end, cpu_end, _, cores) in zip(timed, timed[1:]):
         inside = {name: [call for call in found if begin < call[0] <= end] for name, found in calls.items()}
-        update = {"seconds": end - begin, "cpu_seconds": cpu[i] - cpu[i - 1], "other_cores": busy[i]}
+        update = {"seconds": end - begin, "cpu_seconds": cpu_end - cpu_begin, "other_cores": cores}
         if args.stage == "ppo":
             generate, roll, train = [inside[name][0][1] for name in ("sample_responses", "rollout", "ppo_update")]
             update |= {"generate": generate, "score": roll - generate, "train": train}
@@ -335,11 +353,13 @@ def main():
     with state.main_process_first():
         if state.is_main_process:
             shutil.rmtree(folder, ignore_errors=True)
-            make_models(args, config, folder)
-            source = make_data(args, folder)
-    peak = matrix_peak(args.bf16)
+            source = in_another_process(make_inputs, args, config, folder)
+    peak = in_another_process(matrix_peak, args.bf16)
     updates = run_script(args, folder)
-    peak = max(peak, matrix_peak(args.bf16))  # before and after: the machine at its best
+    gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if torch.cuda.is_available():
+        gib = torch.cuda.max_memory_allocated() / 2**30
+    peak = max(peak, in_another_process(matrix_peak, args.bf16))  # before and after: the machine at its best
     if not state.is_main_process:
         return
     per_process = 1 if args.stage == "ppo" else state.num_processes  # PPO's batch is that of all processes
@@ -353,7 +373,6 @@ def main():
     )
     needed = [per_process * total for total in operations]
     utilisation = [n / (u["seconds"] * peak * state.num_processes) for n, u in zip(needed, updates)]
-    gib = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
     result = {
         "stage": args.stage, "shape": args.shape, "precision": "bf16" if args.bf16 else "fp32",
         "machine": describe_machine(), "processes": state.num_processes, "batch": args.batch,
@@ -367,7 +386,7 @@ def main():
             name: statistics.median(update[name] for update in updates)
             for name in ("generate", "score", "train") if name in updates[0]
         },
-        "peak_memory_gib": gib or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_memory_gib": gib,
         "needed_gflop_per_episode": statistics.mean(needed) / episodes / 1e9,
         "attention_gflop_per_episode": per_process * statistics.mean(attention) / episodes / 1e9,
         "matrix_peak_gflops": peak / 1e9,

@@ -4,9 +4,9 @@ compare.py: ppo.py beside TRL's PPOTrainer, the same work in turn; prints and st
     python benchmark/peers/compare.py --shape 14m                  # five pairs of runs
     python benchmark/peers/compare.py --shape 160m --pairs 2
 
-Every run is a process of its own: one update that is not timed, then --updates that are, all over the same 16 posts
-(even quantiles of the real lengths), so that every update is the same work. trl_ppo.py says what else is the same and
-what is not. The first call makes TRL's environment (setup.sh).
+Every run is a process of its own: --warm_up updates that are not timed, then --updates that are, all over the same
+16 posts (even quantiles of the real lengths), so that every update is the same work. trl_ppo.py says what else is the
+same and what is not. The first call makes TRL's environment (setup.sh).
 """
 
 import argparse
@@ -35,7 +35,8 @@ def main():
     parser.add_argument("--micro_batch", type=int, default=4)
     parser.add_argument("--mean_response", type=float, help="mean response length; default: no response ends")
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--updates", type=int, default=1)
+    parser.add_argument("--updates", type=int, default=1, help="updates that are timed in a run")
+    parser.add_argument("--warm_up", type=int, default=1, help="updates before them that are not; 0 for large shapes")
     parser.add_argument("--work_dir", default="runs/peers")
     parser.add_argument("--out", default="benchmark/results/peers.json", help="JSON file to add the result to")
     args = parser.parse_args()
@@ -43,6 +44,7 @@ def main():
     ours_out, trl_out = [Path(args.work_dir).resolve() / f"{name}.json" for name in ("ours", "trl")]
     ours_out.parent.mkdir(parents=True, exist_ok=True)
     sizes = ["--batch", args.batch, "--micro_batch", args.micro_batch, "--updates", args.updates]
+    sizes += ["--warm_up", args.warm_up]
     ours = [sys.executable, HERE.parent / "throughput.py", "--shape", args.shape, "--same_posts", "--out", ours_out]
     ours += [*sizes, "--work_dir", args.work_dir] + ["--mean_response", args.mean_response] * bool(args.mean_response)
     folder = Path(args.work_dir).resolve() / f"ppo-{args.shape}"

@@ -23,15 +23,19 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--folder", required=True, help="the folder that throughput.py has made")
 parser.add_argument("--batch", type=int, default=16)
 parser.add_argument("--micro_batch", type=int, default=4)
-parser.add_argument("--updates", type=int, default=1, help="updates that are timed, after one that is not")
+parser.add_argument("--updates", type=int, default=1, help="updates that are timed")
+parser.add_argument("--warm_up", type=int, default=1, help="updates before them that are not")
 parser.add_argument("--out", required=True, help="JSON file to write")
 args = parser.parse_args()
 
 
 class Stopwatch(TrainerCallback):
-    """The time at the end of every update."""
+    """The time at the start of training and at the end of every update."""
 
     ends = []
+
+    def on_train_begin(self, *arguments, **named):
+        self.on_step_end()
 
     def on_step_end(self, *arguments, **named):
         self.ends.append((time.perf_counter(), time.process_time()))
@@ -51,7 +55,7 @@ config = PPOConfig(
     per_device_train_batch_size=args.micro_batch,
     gradient_accumulation_steps=args.batch // args.micro_batch,
     local_rollout_forward_batch_size=args.batch,
-    total_episodes=args.batch * (args.updates + 1),
+    total_episodes=args.batch * (args.warm_up + args.updates),
     num_ppo_epochs=4,
     response_length=53,
     temperature=0.7,
@@ -69,7 +73,7 @@ trainer = PPOTrainer(
     train_dataset=data, eval_dataset=data, callbacks=[Stopwatch],
 )  # fmt: skip
 trainer.train()
-wall, cpu = [[b - a for a, b in zip(ends, ends[1:])] for ends in zip(*Stopwatch.ends)]
+wall, cpu = [[b - a for a, b in zip(ends, ends[1:])] for ends in zip(*Stopwatch.ends[args.warm_up :])]
 with open(args.out, "w", encoding="utf-8") as file:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     json.dump({"seconds": wall, "cpu_seconds": cpu, "peak_memory_gib": peak}, file)
