@@ -1,12 +1,13 @@
 """
 speed.py: how the cost of a PPO update grows, and the picture of all speed figures.
 
-    python benchmark/speed.py grow        # about ten minutes on two cores; writes benchmark/results/growth.json
+    python benchmark/speed.py grow        # about fifteen minutes on two cores; writes benchmark/results/growth.json
     python benchmark/speed.py draw        # benchmark/results/speed.png, from growth.json and peers.json
 
-`grow` runs benchmark/throughput.py, one run after the other: updates of 32 to 512 episodes, and updates of 32 episodes
-whose queries have about 90 to 480 tokens. A line through the seconds (least squares, each weighted by one over its
-own seconds) says what a fixed part and one more episode or token cost; next to it, how far each point is off that line.
+`grow` runs benchmark/throughput.py, one run after the other: updates of 32 to 512 episodes over posts of the same
+distribution (even quantiles of the real lengths), and updates of 32 episodes whose queries have about 90 to 480 tokens.
+A line through the seconds (least squares, each weighted by one over its own seconds) says what a fixed part and one more
+episode or token cost; next to it, how far the points are off that line.
 """
 
 import argparse
@@ -33,16 +34,22 @@ def fit_line(x, seconds):
 
 
 def measure(args, *flags):
-    """One run of throughput.py; its result."""
+    """One run of throughput.py; its result. A run beside which other processes were busy is made again."""
     out = Path(args.work_dir).resolve() / "one.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.unlink(missing_ok=True)
     command = [sys.executable, HERE / "throughput.py", "--shape", args.shape, "--epochs", args.epochs]
-    command += ["--updates", args.updates, "--work_dir", args.work_dir, "--out", out, *flags]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-    return json.loads(out.read_text())[0]
+    command += ["--same_posts", "--updates", args.updates, "--work_dir", args.work_dir, "--out", out, *flags]
+    for _ in range(3):
+        out.unlink(missing_ok=True)
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+        (one,) = json.loads(out.read_text())
+        busy = [update["other_cores"] or 0 for update in one["updates"]]
+        if max(busy) < 0.3:
+            return one
+        print(f"others kept {max(busy)} cores busy: once more", flush=True)
+    return one
 
 
 def grow(args):

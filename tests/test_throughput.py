@@ -1,9 +1,14 @@
-"""benchmark/throughput.py: it runs the real scripts, counts what they need, and each of its flags does something."""
+"""
+benchmark/throughput.py: it runs the real scripts, counts what they need, and each of its flags does something; and
+benchmark/speed.py: the line through the cost, the chart.
+"""
 
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import matplotlib.image
 import pytest
 import torch
 from conftest import ROOT, reset_accelerate
@@ -13,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import ppo
 
 sys.path.insert(0, str(ROOT / "benchmark"))
+import speed  # noqa: E402
 import throughput  # noqa: E402
 
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
@@ -121,3 +127,24 @@ def test_command_for_a_gpu_at_a_small_shape(shape, tmp_path):
     assert result["precision"] == "bf16" and 0 < result["utilisation"] < 1 and result["matrix_peak_gflops"] > 1
     for phase in ("generate", "score", "train"):
         assert f"  {phase} " in done.stdout and result["phases"][phase] > 0
+
+
+def test_line_through_the_cost():
+    """Points on a line are off by nothing; one that is 10% above shows as nearly that, at either end."""
+    x = [32, 64, 128, 256, 512]
+    intercept, slope, off = speed.fit_line(x, [1.5 + 0.2 * value for value in x])
+    assert (intercept, slope) == (pytest.approx(1.5), pytest.approx(0.2)) and off < 1e-9
+    for place in (0, 4):
+        seconds = [1.5 + 0.2 * value for value in x]
+        seconds[place] *= 1.3
+        assert 0.03 < speed.fit_line(x, seconds)[2] < 0.3
+    # Quadratic growth is no line.
+    assert speed.fit_line(x, [1e-3 * value**2 for value in x])[2] > 0.5
+
+
+def test_chart_of_the_results(tmp_path):
+    """Drawn anew from the committed results: whole, and of the size of the committed one."""
+    args = SimpleNamespace(out=tmp_path / "speed.png")
+    speed.draw(args)
+    assert matplotlib.image.imread(args.out).shape[2] == 4
+    assert not list(tmp_path.glob("*.tmp"))
