@@ -98,7 +98,7 @@ class Args:
     """a small world and a few updates: for trying out the harness, the figures mean nothing"""
     split: Literal["test", "validation"] = "test"
     """split that is evaluated; each has a folder of its own in WORK_DIR"""
-    stage_limit: int = 1800
+    stage_limit: int = 3600
     """seconds after which a stage has hung: it is killed, and goes on when the command is given again"""
     list: bool = False
     """print the table of the ablations and do nothing else"""
@@ -389,8 +389,9 @@ class Harness:
         return found
 
     def time_left(self) -> str:
-        """How many stages are left and how long they will take, from the mean durations of stages so far."""
-        measured = {key: np.mean(values) for key, values in self.durations().items()}
+        """How many stages are left and how long they will take, from the durations of stages so far."""
+        # Medians: on a machine that others use, a few stages take many times as long as the rest.
+        measured = {key: float(np.median(values)) for key, values in self.durations().items()}
         guess = {(s, n): seconds * (1 if n == 1 else 0.7) for s, seconds in self.guess.items() for n in (1, 2)}
         # Of what has not been measured, a guess, made as wrong as the other guesses have been.
         scale = np.mean([measured[key] / guess[key] for key in measured]) if measured else 1.0
@@ -532,7 +533,7 @@ def make_report(harness: Harness, variants: list[Variant]) -> dict:
     report = {"command": " ".join(["python", "benchmark/ablate.py", *sys.argv[1:]]), "date": date.today().isoformat()}
     report |= {"hardware": describe_machine(), "seconds": time.time() - harness.started}
     durations = {f"{stage}, {n} process{'es' * (n > 1)}": values for (stage, n), values in harness.durations().items()}
-    report["stage_seconds"] = {name: {"mean": float(np.mean(v)), "n": len(v)} for name, v in sorted(durations.items())}
+    report["stage_seconds"] = {name: {"median": float(np.median(v)), "n": len(v)} for name, v in sorted(durations.items())}
     report |= {"setting": read_json(harness.root / "setting.json")}
     report |= {"seeds": list(harness.args.seeds), "split": harness.args.split}
     baselines = [variant.name for variant in with_baselines(variants) if not variant.path]
@@ -590,7 +591,8 @@ def markdown(report: dict) -> str:
     for name, entry in entries:
         cells = [f"{entry['title']} (`{name}`)", entry["detail"]]
         cells += [cell(entry["difference"][key]) for key in names[:4]]
-        cells += [f"{mean_of(entry['runs'], 'length'):.1f}", f"{mean_of(entry['runs'], 'eos_share'):.2f}"]
+        shown = ((mean_of(entry["runs"], "length"), ".1f"), (mean_of(entry["runs"], "eos_share"), ".2f"))
+        cells += ["" if math.isnan(mean) else f"{mean:{form}}" for mean, form in shown]  # nan: no run has ended
         cells += [f"{len(entry['errors'] + entry['collapsed'])} of {len(entry['seeds'])}", entry["verdict"]]
         lines.append(f"| {' | '.join(cells)} |")
     keys = ("accuracy", "rm_loss", "sft_loss", "rougeL", "sft_win_rate", "sft_gold")
@@ -640,7 +642,8 @@ def draw(report: dict, path: Path):
     for name, colour in colours.items():
         axes.plot([], [], "|-", color=colour, markersize=11, markeredgewidth=2, label=name)
     axes.plot([], [], "o", color="grey", markersize=3.5, label="one seed (bars: mean and 95% t-interval)")
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    title = "verdict, by the intervals of win rate and gold score"
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, title=title, title_fontsize=8)
     temporary = path.with_name(f"{path.name}.tmp")
     figure.savefig(temporary, format="png")
     os.replace(temporary, path)
