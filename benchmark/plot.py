@@ -130,10 +130,10 @@ def judged_samples(path: str, facts_of: dict, measure) -> dict:
     return found
 
 
-def agrees(margins: np.ndarray, truth: np.ndarray) -> float:
+def agrees(margins: np.ndarray, truth: np.ndarray) -> Optional[float]:
     """Share of pairs on which a reward model prefers the summary with the higher gold score; gold ties are left out."""
     decided = truth != 0
-    return float((np.sign(margins[decided]) == np.sign(truth[decided])).mean()) if decided.any() else math.nan
+    return float((np.sign(margins[decided]) == np.sign(truth[decided])).mean()) if decided.any() else None
 
 
 def gold_margins(root: str, split: str, facts_of: dict) -> tuple[list[str], np.ndarray]:
@@ -400,10 +400,10 @@ def collect_sizes(world: World, sweep: Sweep, partial: bool) -> dict:
             "confidence": pooled_rows([a["confidence"] for a in here], "group"),
             "by_length": {stage: by_length(here, stage) for stage in ("sft", "ppo")},
         }
-    decided = world.gold[world.gold != 0]
     about = {"posts": len(arrays[next(iter(arrays))]["sft"]["id"]), "pairs": len(world.ids)}
     about |= {"length_unit": world.unit, "samples_per_update": sweep.ppo_batch}
-    about["label_gold_agreement"] = float((decided > 0).mean())  # what a perfect reward model reaches on noisy labels
+    # What a perfect reward model reaches on noisy labels: it can only guess where both summaries are as good.
+    about["label_gold_agreement"] = float(((world.gold > 0) + 0.5 * (world.gold == 0)).mean())
     return {"about": about, "sizes": sizes, "aggregated": aggregated, "trends": trends, "runs": runs}
 
 

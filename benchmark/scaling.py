@@ -410,10 +410,13 @@ def make_base_models(args: Args, root: str, tasks: list[Task]) -> None:
     with open(os.path.join(root, "world", "tiny_env.json"), encoding="utf-8") as file:
         vocab_size = json.load(file)["base_model"]["tokenizer_size"]
     folders = {(t.width, os.path.dirname(t.folder)) for t in tasks if t.stage == "sft"}
-    for size, here in sorted(folders):
+    missing = [(size, here) for size, here in sorted(folders) if not os.path.exists(f"{here}/base/parameters.json")]
+    if missing:
+        from transformers.utils.logging import disable_progress_bar  # seconds, which a resumed sweep need not spend
+
+        disable_progress_bar()
+    for size, here in missing:
         folder, building = f"{here}/base", f"{here}/base.building"
-        if os.path.exists(f"{folder}/parameters.json"):
-            continue
         shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(building, ignore_errors=True)
         os.makedirs(building)
@@ -509,6 +512,11 @@ def main() -> None:
         print(f"{len(waiting)} of {len(tasks)} stages left: about {left} with --jobs {args.jobs}, {basis}")
         return
     lock = claim_root(args, root)
+    names = {task.name for task in tasks}
+    for need in {need for task in tasks if not task.done for need in task.needs if need not in names}:
+        stage, size, _, seed = need.split()
+        if not os.path.exists(os.path.join(root, size, f"s{seed}", stage, "summary.json")):
+            fail(f"{need} is not there yet: let the part `sizes` make it first")
     if any(not task.done for task in tasks):
         print(f"== world and base models, in {root}", flush=True)
         make_world(args, root)

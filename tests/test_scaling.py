@@ -127,6 +127,7 @@ def test_pooled_rows():
 
 def test_agreement_leaves_the_judge_s_ties_out():
     assert plot.agrees(np.array([1.0, -1, 2, 5]), np.array([3.0, 3, -1, 0])) == pytest.approx(1 / 3)
+    assert plot.agrees(np.array([1.0]), np.array([0.0])) is None
 
 
 def curves_of(**more):
@@ -291,7 +292,8 @@ def test_figures_and_trends_are_those_that_were_made(report):
 def test_agreements_are_those_that_were_made(sweep, report):
     decided = [margin for margin in sweep[2].values() if margin != 0]
     chosen_is_better = sum(margin > 0 for margin in decided) / len(decided)
-    assert report["about"]["label_gold_agreement"] == pytest.approx(chosen_is_better)
+    ceiling = sum((margin > 0) + 0.5 * (margin == 0) for margin in sweep[2].values()) / len(sweep[2])
+    assert report["about"]["label_gold_agreement"] == pytest.approx(ceiling)
     judge = {seed: run["reward/agreement_with_judge"] for seed, run in report["runs"]["16"].items()}
     assert judge == {"1": pytest.approx(chosen_is_better), "2": pytest.approx(1 - chosen_is_better)}
     assert report["runs"]["32"]["1"]["reward/agreement_with_judge"] == 1
@@ -557,6 +559,11 @@ def test_bad_flags(tmp_path, flags, words):
     done = run_python("benchmark/scaling.py", "--root", tmp_path / "root", *flags)
     assert_refused(done, *words)
     assert not (tmp_path / "root").exists()
+
+
+def test_the_second_part_needs_the_first(tmp_path):
+    done = run_python("benchmark/scaling.py", "overoptimisation", "--root", tmp_path / "root")
+    assert_refused(done, "seed", "sizes")
 
 
 def test_ppo_gold_needs_its_flag():
