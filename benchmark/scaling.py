@@ -29,6 +29,7 @@ import json
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -232,15 +233,15 @@ def rule_of_thumb(kind: tuple[str, int]) -> float:
 def expect_seconds(kind: tuple[str, int], measured: dict[tuple[str, int], list[float]]) -> Optional[float]:
     """Seconds that a task of this kind will take, from those that were seen to finish; None before any was.
 
-    The mean of its own kind. If there is none: the rule of thumb times how far it was off for the same stage at other
-    widths, or for other stages.
+    The median of its own kind. If there is none: the rule of thumb times how far it was off (in the median) for the same
+    stage at other widths, or for other stages. Medians, since a machine that slept makes one stage take hours.
     """
     if measured.get(kind):
-        return sum(measured[kind]) / len(measured[kind])
+        return statistics.median(measured[kind])
     for kinds in ([k for k in measured if k[0] == kind[0]], list(measured)):
-        seen = [(seconds, rule_of_thumb(k)) for k in kinds for seconds in measured[k]]
-        if seen:
-            return rule_of_thumb(kind) * sum(s for s, _ in seen) / sum(guess for _, guess in seen)
+        ratios = [seconds / rule_of_thumb(k) for k in kinds for seconds in measured[k]]
+        if ratios:
+            return rule_of_thumb(kind) * statistics.median(ratios)
     return None
 
 
