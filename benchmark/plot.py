@@ -179,7 +179,7 @@ def read_run(world: World, folder: str) -> tuple[dict, dict]:
     taken = {
         "sft": ("eval/loss", "eval/rouge1", "eval/rouge2", "eval/rougeL"),
         "reward": ("eval/accuracy", "eval/accuracy_cnndm", "eval/loss"),
-        "ppo": ("eval/score", "eval/kl", "eval/eos_share"),
+        "ppo": ("eval/score", "eval/eos_share"),
     }
     for stage, names in taken.items():
         for name in names:
@@ -817,7 +817,9 @@ def collect_overoptimisation(world: World, sweep: Sweep, partial: bool) -> dict:
                 curves = read_curves(os.path.dirname(folder), read_metrics(f"{folder}/metrics.jsonl"))
                 run = {"reward_size": reward, "kl_coef": kl_coef, "seed": seed}
                 run["reward_parameters"] = read_file(base, lambda file: json.load(file)["parameters"])
-                for name in ("eval/kl", "eval/score", "eval/eos_share"):
+                # Of the rollouts: at temperature 0.01 it is another quantity, which no penalty is about.
+                run["kl"] = at_the_end(np.array(curves["objective/kl"]))
+                for name in ("eval/score", "eval/eos_share"):
                     if name not in summary:
                         fail(f"{folder}/summary.json: {name} is missing")
                     run[name.removeprefix("eval/")] = summary[name]
@@ -837,7 +839,7 @@ def overoptimisation_tables(record: dict) -> str:
         f"Policies h{about['policy_size']}; {about['posts']} held-out posts, temperature 0.01; a figure per seed. "
         "Collapsed: the gold score of the rollouts (mean of three updates) ends below the SFT model's, or 1 or more "
         "below its best.\n",
-        "| RM | KL coefficient | gold score | RM score | KL | win rate | invented | EOS | collapsed |",
+        "| RM | KL coefficient | gold score | RM score | KL, rollouts | win rate | invented | EOS | collapsed |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for reward, kl_coef in dict.fromkeys((run["reward_size"], run["kl_coef"]) for run in record["runs"]):
@@ -873,7 +875,7 @@ def draw_overoptimisation(record: dict, path: str) -> None:
     kl_coefs = sorted({run["kl_coef"] for run in record["runs"]})
     seeds = len({run["seed"] for run in record["runs"]})
     about = record["about"]
-    title = f"Over-optimisation: policies h{about['policy_size']} during PPO, a line per seed (n = {seeds}), "
+    title = f"Over-optimisation: policies h{about['policy_size']} during PPO, a line per seed (n = {seeds}),\n"
     title += f"means of three updates of {about['samples_per_update']} samples; dot: end of training"
     figure, axes = new_figure(2, len(rewards), 1.5 + 4.2 * len(rewards), 8, title)
     for i, reward in enumerate(rewards):
@@ -889,7 +891,7 @@ def draw_overoptimisation(record: dict, path: str) -> None:
         for axis, what in zip(axes[:, i], ("reward model's score", "gold score")):
             axis.set(xlabel="KL to the SFT model (nats, square-root scale)", ylabel=what)
             axis.set_xscale("function", functions=(np.sqrt, np.square))
-            axis.set_xlim(left=0)
+            axis.set_xlim(0, 1.1 * max(line.get_xdata().max() for line in axis.get_lines()) or 1)
             axis.grid(alpha=0.25)
             axis.legend(fontsize=8)
         count = next(r["reward_parameters"] for r in record["runs"] if r["reward_size"] == reward)

@@ -233,8 +233,8 @@ def rule_of_thumb(kind: tuple[str, int]) -> float:
 def expect_seconds(kind: tuple[str, int], measured: dict[tuple[str, int], list[float]]) -> Optional[float]:
     """Seconds that a task of this kind will take, from those that were seen to finish; None before any was.
 
-    The median of its own kind. If there is none: the rule of thumb times how far it was off (in the median) for the same
-    stage at other widths, or for other stages. Medians, since a machine that slept makes one stage take hours.
+    The median of its own kind. If there is none: the rule of thumb times how far it was off (in the median) for the
+    same stage at other widths, or for other stages. Medians, since a machine that slept makes one stage take hours.
     """
     if measured.get(kind):
         return statistics.median(measured[kind])
