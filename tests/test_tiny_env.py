@@ -113,6 +113,12 @@ def test_value_words_are_nothing_else():
         texts += [slot.clause, *slot.statements, *slot.distractors]
     others = set(tiny_env.split_words(" ".join(texts))) | tiny_env.SUMMARY_WORDS
     assert not others & set(values)
+    # The words of paraphrases too: each has one meaning, and a summary that uses it says nothing by it.
+    said = [word for words in tiny_env.PARAPHRASES.values() for word in words]
+    assert len(said) == len(set(said)) and not (others | set(values)) & set(said)
+    for name, words in tiny_env.PARAPHRASES.items():
+        assert len(words) == len(tiny_env.SLOTS[name].values)
+    assert tiny_env.gold_score("My manager just lied", FACTS) == tiny_env.gold_score("My nonsense just lied", FACTS)
 
 
 def test_all_that_the_generator_says_is_read(env):
@@ -269,6 +275,42 @@ def test_harder_worlds(env, tmp_path):
     whole = tiny_env.say_thorough(None, facts[rows[0]["id"]]["facts"], "event")
     full = sum(slot.weight for slot in tiny_env.SLOTS.values())
     assert tiny_env.gold_score(whole, facts[rows[0]["id"]]["facts"]) == pytest.approx(full)
+
+
+def test_the_default_world_is_what_it_was_before_there_were_paraphrases():
+    """Results that were published for the default flags are about these very rows."""
+    args = tiny_env.Args("")
+    posts = tiny_env.make_posts(args, "validation", 50, set())
+    pairs, news = tiny_env.make_comparisons(args, "validation", 100, posts), tiny_env.make_cnndm(args, 20)
+    text = json.dumps([posts, pairs, news, tiny_env.settings_of(args)], sort_keys=True)
+    assert hashlib.sha256(text.encode()).hexdigest() == (
+        "429a5261feb4cc94994fcbd21d5a4df9bf73957967280dc68b9290d2e4c9f803"
+    )
+
+
+def test_paraphrases(tmp_path):
+    """Posts say about that share of their values in the other word, titles too; summaries and comparisons never do."""
+    args = tiny_env.Args("", num_values=24, paraphrase_share=0.3, distractor_share=1.0)
+    posts = tiny_env.make_posts(args, "validation", 300, set())
+    others = {word for words in tiny_env.PARAPHRASES.values() for word in words}
+    said, possible = 0, 0
+    for post in posts:
+        words = set(tiny_env.split_words(post["post"]))
+        for name, value in post["facts"].items():
+            if name in tiny_env.PARAPHRASES:
+                other = tiny_env.PARAPHRASES[name][tiny_env.SLOTS[name].values.index(value)]
+                assert value in words or other in words, (name, value, post["post"])
+                said, possible = said + (other in words), possible + 1
+            else:
+                assert value in words
+        title = set(tiny_env.split_words(post["title"]))
+        assert title & others <= words  # one person, one word
+        assert not others & set(tiny_env.split_words(post["summary"]))
+    assert 0.25 < said / possible < 0.35
+    for row in tiny_env.make_comparisons(args, "validation", 300, posts):
+        assert not any(others & set(tiny_env.split_words(summary["text"])) for summary in row["summaries"])
+    assert tiny_env.settings_of(args)["paraphrase_share"] == 0.3
+    assert_refused(run_script("tiny_env.py", "--output_dir", tmp_path / "x", "--paraphrase_share", 2), "paraphrase_share")
 
 
 def test_base_model_loads_in_plain_transformers(env):
