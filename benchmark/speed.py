@@ -89,14 +89,15 @@ def draw(args):
         for side, name, color in ((-0.18, "ours", "tab:blue"), (0.18, "trl", "tab:grey")):
             rates = [pair[name] for pair in entry["pairs"]]
             label = {"ours": "ppo.py", "trl": "TRL 1.12.0"}[name] if x == 0 else None
-            left.bar(x + side, np.median(rates), 0.34, color=color, alpha=0.6, label=label)
-            left.plot(np.full(len(rates), x + side), rates, ".", color="black", markersize=4)
+            left.hlines(np.median(rates), x + side - 0.15, x + side + 0.15, color=color, linewidth=3, label=label)
+            left.plot(np.full(len(rates), x + side), rates, ".", color="black", markersize=5)
         left.text(x, max(p["ours"] for p in entry["pairs"]) * 1.1, f"{entry['median']['ratio']:.2f}x", ha="center")
         ticks.append(f"{entry['shape']}\n{entry['mean_response']:.0f} tokens\nn = {len(entry['pairs'])}")
     left.set_xticks(range(len(peers)), ticks)
-    left.set(yscale="log", ylabel="episodes per second (bar: median; dots: runs)", title="PPO beside TRL, fp32")
+    left.set(yscale="log", ylabel="episodes per second (line: median; dots: runs)", title="PPO beside TRL, fp32")
     left.set_xlabel("shape, mean response length, pairs of runs")
-    left.set_ylim(top=left.get_ylim()[1] * 2)
+    left.set_ylim(left.get_ylim()[0] / 1.3, left.get_ylim()[1] * 2)
+    left.set_xlim(-0.6, len(peers) - 0.4)
     left.legend(loc="upper right", fontsize=8)
     # Middle and right: seconds per update and the line through them.
     for axis, name, x, unit in ((middle, "episodes", "episodes", "episodes per update"),

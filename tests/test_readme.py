@@ -144,6 +144,16 @@ def test_the_figures_of_the_comparison_with_trl_are_those_of_the_results():
     median = result("peers")[0]["median"]
     rates = f"{median['ours']:.2f} against {median['trl']:.2f} episodes/s ({median['ratio']:.2f} times)"
     assert f"{rates}, peak memory {median['ours_gib']:.2f} against {median['trl_gib']:.2f} GiB" in README
+    ratios = [pair["ratio"] for pair in result("peers")[0]["pairs"]]
+    assert len(ratios) == 5 and f"{min(ratios):.2f} to {max(ratios):.2f}" in README
+
+
+def test_the_figures_of_the_growth_are_those_of_the_results():
+    growth = result("growth")
+    episodes, query = growth["episodes_line"], growth["query_line"]
+    assert f"{episodes['slope']:.3f} s per episode" in README and f"more than {episodes['largest_deviation']:.1%}" in README
+    line = f"{query['intercept']:.1f} s + {1000 * query['slope']:.1f} ms per query token"
+    assert line in README and f"off by {query['largest_deviation']:.1%} at most" in README
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
