@@ -9,6 +9,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+BENCHMARKS = (ROOT / "benchmark" / "README.md").read_text()
 SCRIPTS = {name: (ROOT / name).read_text() for name in ("sft.py", "reward.py", "ppo.py", "eval_judge.py")}
 DETAILS = [str(number) for number in range(1, 26)] + list("TRVLSEKWP")
 
@@ -154,6 +155,13 @@ def test_the_figures_of_the_growth_are_those_of_the_results():
     assert f"{episodes['slope']:.3f} s per episode" in README and f"more than {episodes['largest_deviation']:.1%}" in README
     line = f"{query['intercept']:.1f} s + {1000 * query['slope']:.1f} ms per query token"
     assert line in README and f"off by {query['largest_deviation']:.1%} at most" in README
+
+
+def test_the_figures_of_the_worlds_for_scaling_are_those_of_the_results():
+    rows = {line.split("`")[1]: line for line in BENCHMARKS.splitlines() if line.startswith("| `--num_")}
+    for run in result("scaling_worlds")["runs"]:
+        figure = run["eval/loss"] if run["stage"] == "sft" else run["eval/accuracy"]
+        assert f"{figure:.3f}"[1 if figure < 1 else 0 :][:4] in rows[run["world"]], run
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
