@@ -157,6 +157,13 @@ def test_the_figures_of_the_growth_are_those_of_the_results():
     assert line in README and f"off by {query['largest_deviation']:.1%} at most" in README
 
 
+def test_the_figures_of_the_throughput_are_those_of_the_results():
+    (run,) = result("throughput")
+    assert (run["shape"], run["precision"], run["batch"]) == ("160m", "bf16", 16)
+    line = f"{run['seconds_per_update']:.1f} s for 16 episodes, {run['utilisation']:.0%} of the machine's best bf16"
+    assert line in README and f"peak memory {run['peak_memory_gib']:.1f} GiB" in README
+
+
 def test_the_figures_of_the_worlds_for_scaling_are_those_of_the_results():
     rows = {line.split("`")[1]: line for line in BENCHMARKS.splitlines() if line.startswith("| `--num_")}
     for run in result("scaling_worlds")["runs"]:
