@@ -829,6 +829,7 @@ def collect_overoptimisation(world: World, sweep: Sweep, partial: bool) -> dict:
     if not runs:
         fail(f"{world.root}: no over-optimisation run is finished")
     about = {"policy_size": sweep.policy_size, "posts": len(found["id"]), "samples_per_update": sweep.ppo_batch}
+    about["lr"] = sweep.overoptimisation_lr
     return {"about": about, "warnings": warnings(runs), "runs": runs}
 
 
@@ -836,7 +837,8 @@ def overoptimisation_tables(record: dict) -> str:
     """What came of each cell, and what warned."""
     about = record["about"]
     text = [
-        f"Policies h{about['policy_size']}; {about['posts']} held-out posts, temperature 0.01; a figure per seed. "
+        f"Policies h{about['policy_size']}, learning rate {about['lr']:g}; {about['posts']} held-out posts, "
+        "temperature 0.01; a figure per seed. "
         "Collapsed: the gold score of the rollouts (mean of three updates) ends below the SFT model's, or 1 or more "
         "below its best.\n",
         "| RM | KL coefficient | gold score | RM score | KL, rollouts | win rate | invented | EOS | collapsed |",
@@ -875,7 +877,8 @@ def draw_overoptimisation(record: dict, path: str) -> None:
     kl_coefs = sorted({run["kl_coef"] for run in record["runs"]})
     seeds = len({run["seed"] for run in record["runs"]})
     about = record["about"]
-    title = f"Over-optimisation: policies h{about['policy_size']} during PPO, a line per seed (n = {seeds}),\n"
+    title = f"Over-optimisation: policies h{about['policy_size']} during PPO at learning rate {about['lr']:g}, "
+    title += f"a line per seed (n = {seeds}),\n"
     title += f"means of three updates of {about['samples_per_update']} samples; dot: end of training"
     figure, axes = new_figure(2, len(rewards), 1.5 + 4.2 * len(rewards), 8, title)
     for i, reward in enumerate(rewards):

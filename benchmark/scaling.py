@@ -63,7 +63,7 @@ class Args:
     """stages side by side, one thread each"""
 
     # ---- What is compared ----
-    sizes: tuple[int, ...] = (16, 32, 64, 96, 192)
+    sizes: tuple[int, ...] = (16, 32, 64, 192)
     """widths of the models, multiples of 16; all have two layers"""
     seeds: tuple[int, ...] = (44413, 55513, 66613, 77713)
     """seeds of initial weights, data order and sampling; the world is the same for all"""
@@ -75,6 +75,8 @@ class Args:
     """over-optimisation: KL coefficients"""
     overoptimisation_seeds: tuple[int, ...] = (44413, 55513)
     """over-optimisation: seeds"""
+    overoptimisation_lr: float = 3e-4
+    """over-optimisation: learning rate of PPO, high enough for policies to go far from the SFT model"""
 
     # ---- The world, and the budget: the same for all sizes ----
     world: str = "--num_values 16 --distractor_share 0.5 --paraphrase_share 0.2"
@@ -95,7 +97,7 @@ class Args:
     """tokens sampled per response; six facts take 27 and EOS, each further one four more"""
     lr: float = 1e-3
     """learning rate of SFT and reward model, at every size"""
-    ppo_lr: float = 1e-3
+    ppo_lr: float = 1e-4
     """learning rate of PPO, at every size"""
     kl_coef: float = 0.05
     """KL coefficient of the first part"""
@@ -119,7 +121,7 @@ SMOKE = dict(
 )
 # What decides a figure, and so may not change within one folder.
 FIXED = """split world eval_posts sft_rows pairs normalization_rows ppo_episodes ppo_batch response_length lr ppo_lr
-    kl_coef""".split()
+    kl_coef overoptimisation_lr""".split()
 # Rule of thumb, until stages have been seen: seconds at width 64 on one core, and a growth that fits widths 16 to 192.
 SECONDS_AT_64 = {"sft": 58.0, "reward": 105.0, "ppo": 75.0}
 
@@ -155,9 +157,7 @@ def size_folder(root: str, size: int, seed: int) -> str:
 
 
 def cell_folder(args: Args, root: str, reward_size: int, kl_coef: float, seed: int) -> str:
-    """Folder of one over-optimisation run; the one that the first part has already made is not made again."""
-    if (reward_size, kl_coef) == (args.policy_size, args.kl_coef):
-        return os.path.join(size_folder(root, args.policy_size, seed), "ppo")
+    """Folder of one over-optimisation run."""
     name = f"p{args.policy_size}-r{reward_size}-kl{kl_coef:g}"
     return os.path.join(root, "overoptimisation", name, f"s{seed}", "ppo")
 
@@ -182,15 +182,15 @@ def size_tasks(args: Args, root: str, size: int, seed: int) -> list[Task]:
         needs = (tasks[-1].name,) if tasks else ()
         command += ("--output_dir", f"{here}/{stage}")
         tasks.append(Task(f"{stage} {label}", stage, size, f"{here}/{stage}", needs, command))
-    return tasks + [ppo_task(args, root, size, size, args.kl_coef, seed, f"{here}/ppo", f"ppo {label}")]
+    return tasks + [ppo_task(args, root, size, size, args.ppo_lr, args.kl_coef, seed, f"{here}/ppo", f"ppo {label}")]
 
 
 def ppo_task(
-    args: Args, root: str, policy: int, reward: int, kl_coef: float, seed: int, folder: str, name: str
+    args: Args, root: str, policy: int, reward: int, lr: float, kl_coef: float, seed: int, folder: str, name: str
 ) -> Task:
     """PPO of a policy against a reward model, by way of ppo_gold.py, which logs the gold score of the samples."""
     micro = min(64, args.ppo_batch)
-    flags = ["--lr", args.ppo_lr, "--kl_coef", kl_coef, "--total_episodes", args.ppo_episodes]
+    flags = ["--lr", lr, "--kl_coef", kl_coef, "--total_episodes", args.ppo_episodes]
     flags += ["--local_micro_batch_size", micro, "--gradient_accumulation_steps", args.ppo_batch // micro]
     flags += ["--local_rollout_forward_batch_size", args.ppo_batch, "--response_length", args.response_length]
     flags += ["--sft_model_path", f"{size_folder(root, policy, seed)}/sft", "--output_dir", folder]
@@ -214,9 +214,9 @@ def all_tasks(args: Args, root: str) -> list[Task]:
                 for kl_coef in args.kl_coefs:
                     folder = cell_folder(args, root, reward, kl_coef, seed)
                     name = f"ppo h{args.policy_size} against h{reward}, KL coefficient {kl_coef:g}, seed {seed}"
-                    tasks.append(ppo_task(args, root, args.policy_size, reward, kl_coef, seed, folder, name))
-    folders = [task.folder for task in tasks]
-    return [task for i, task in enumerate(tasks) if task.folder not in folders[:i]]
+                    policy, lr = args.policy_size, args.overoptimisation_lr
+                    tasks.append(ppo_task(args, root, policy, reward, lr, kl_coef, seed, folder, name))
+    return tasks
 
 
 # ----------------------------------------------------------------------------------------------------------------------

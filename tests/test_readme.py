@@ -171,6 +171,18 @@ def test_the_figures_of_the_worlds_for_scaling_are_those_of_the_results():
         assert f"{figure:.3f}"[1 if figure < 1 else 0 :][:4] in rows[run["world"]], run
 
 
+def test_the_figures_behind_the_learning_rate_for_scaling_are_those_of_the_results():
+    rows = {line.split(" | ")[0]: line.split(" | ")[1:] for line in BENCHMARKS.splitlines() if line.startswith("| ")}
+    for run in result("scaling_worlds")["ppo"]["runs"]:
+        if run["hidden_size"] == 16:
+            continue
+        cell = rows[f"| {run['ppo_lr']:.0e}".replace("e-0", "e-")][run["hidden_size"] == 64]
+        gold, kl = run["objective/gold_scores"], run["objective/kl"][-1]
+        said = f"{gold[0]:.2f} to {gold[-1]:.2f} in {run['updates']} updates (KL {kl:.1f})"
+        assert said in cell and ("stopped" in cell) == (run["updates"] < run["updates_planned"])
+        assert f"h{run['hidden_size']}, reward model {run['rm_accuracy_validation']:.3f}" in BENCHMARKS
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_are_described(name):
     assert f"[`{name}`]({name})" in README

@@ -253,8 +253,8 @@ def sweep(tmp_path_factory):
     rows = [{"id": p["id"], "query": "q", "response": "", "reference": p["summary"]} for p in posts]
     for reward, kl_coef, seed in itertools.product((16, 32), (0.0, 0.05), (1, 2)):
         folder = Path(scaling.cell_folder(args, str(root), reward, kl_coef, seed))
-        if not folder.exists():
-            fake_ppo(folder, rows, [3, 3, 3, 1, 0, 0], kl=20)
+        healthy = (reward, kl_coef) == (32, 0.05)
+        fake_ppo(folder, rows, [1, 2, 3, 4, 5, 5 + seed] if healthy else [3, 3, 3, 1, 0, 0], kl=4 + seed if healthy else 20)
     return root, posts, pairs
 
 
@@ -328,7 +328,6 @@ def test_overoptimisation_is_what_was_made(sweep, report):
     record = json.loads((sweep[0] / "results" / "overoptimisation.json").read_text())
     assert len(record["runs"]) == 8
     healthy = [r for r in record["runs"] if not r["collapsed"]]
-    # The cell of the first part's own settings is the first part's own run.
     assert {(r["reward_size"], r["kl_coef"]) for r in healthy} == {(32, 0.05)} and len(healthy) == 2
     rows = {row["metric"]: row for row in record["warnings"]}
     assert rows["objective/gold_scores"]["collapsed_runs"] == 6
@@ -421,13 +420,13 @@ def test_the_plan_of_the_sizes():
     args = scaling.Args()
     tasks = scaling.all_tasks(args, "root")
     assert len(tasks) == len({t.folder for t in tasks}) == len({t.name for t in tasks})
-    assert len(tasks) == 5 * 4 * 3 + 3 * 4 * 2 - 2  # two cells are runs of the first part
+    assert len(tasks) == 4 * 4 * 3 + 3 * 4 * 2
     place = {task.name: i for i, task in enumerate(tasks)}
     assert all(place[need] < place[task.name] for task in tasks for need in task.needs)
     ppo = next(t for t in tasks if "against h16" in t.name and "coefficient 0.2" in t.name)
     command = " ".join(ppo.command)
     assert "--sft_model_path root/h64/s44413/sft" in command and "--reward_model_path root/h16/s44413/reward" in command
-    assert "--kl_coef 0.2" in command and ppo.width == 64
+    assert "--kl_coef 0.2" in command and "--lr 0.0003" in command and ppo.width == 64
     # Every size gets the same flags, but for its own folders.
     def neutral(size):
         return [" ".join(t.command).replace(f"h{size}/", "") for t in tasks if f" h{size} seed 44413" in t.name]
