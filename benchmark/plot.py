@@ -10,7 +10,7 @@ and writes
     scaling_sft.png          loss and ROUGE-L by size
     scaling_reward.png       accuracy by size and by confidence, calibration
     scaling_agreement.png    reward model and judge; reward models, and policies, of different seeds with each other
-    scaling_win_rate.png     win rate against references by size, every seed a dot
+    scaling_win_rate.png     win rate against references by size, every seed a dot; what PPO gains over RM accuracy
     scaling_length.png       win rate over log length ratio with logistic fits
     scaling_curves.png       learning curves of PPO with the spread over seeds
     overoptimisation.json, overoptimisation.md, overoptimisation.png    the second part, where the sweep has it
@@ -195,6 +195,7 @@ def read_run(world: World, folder: str) -> tuple[dict, dict]:
         figures[f"{stage}/invented_share"] = found["invented_share"]
         figures[f"{stage}/tokens"] = float(found["length"].mean())
         arrays[stage] = found
+    figures["ppo/gain"] = figures["ppo/gold"] - figures["sft/gold"]
     if "agrees" in arrays["ppo"]:
         figures["reward/agreement_on_ppo"] = arrays["ppo"]["agrees"]
     # The first rollout is the SFT model's: PPO has not moved yet. At the temperature of the rollout, on train posts.
@@ -428,6 +429,7 @@ ROWS = (
     ("PPO win rate against thorough references", "ppo/win_rate_thorough", "{:.3f}"),
     ("PPO win rate, rollout at temperature 0.7", "ppo/rollout_gold_win_rate", "{:.3f}"),
     ("PPO gold score", "ppo/gold", "{:.2f}"),
+    ("PPO gold score minus SFT's", "ppo/gain", "{:.2f}"),
     ("PPO invented values", "ppo/invented_share", "{:.3f}"),
     ("PPO response tokens", "ppo/tokens", "{:.1f}"),
     ("PPO KL at the end", "ppo/kl_end", "{:.2f}"),
@@ -684,7 +686,7 @@ def draw_agreement(record: dict, path: str) -> None:
 def draw_win_rate(record: dict, path: str) -> None:
     about = record["about"]
     title = f"Win rate against references: {about['posts']} held-out posts, {seeds_text(record)} (dots), mean and "
-    figure, ((left, right),) = new_figure(1, 2, 13, 5.0, title + "95% t interval")
+    figure, ((left, right, gain),) = new_figure(1, 3, 18, 5.0, title + "95% t interval")
     draw_by_size(left, record, "ppo/win_rate", "PPO", PPO_COLOR)
     draw_by_size(left, record, "sft/win_rate", "SFT", SFT_COLOR, shift=0.1)
     left.axhline(0.5, color=GREY, linestyle="--", linewidth=1, label="as good as the references")
@@ -695,6 +697,17 @@ def draw_win_rate(record: dict, path: str) -> None:
     for axes in (left, right):
         size_axis(axes, record)
         axes.legend(fontsize=8)
+    colors = size_colors(record)
+    for size, seeds in record["runs"].items():
+        x = [run["reward/accuracy"] for run in seeds.values()]
+        y = [run["ppo/gain"] for run in seeds.values()]
+        gain.plot(x, y, "o", color=colors[size], label=f"{name_of(record, size)}, n {len(x)}")
+    gain.axhline(0, color=GREY, linestyle="--", linewidth=1, label="PPO changes nothing")
+    gain.axvline(record["about"]["label_gold_agreement"], color=GREY, linestyle=":", label="ceiling: labels are noisy")
+    gain.set(title="What PPO gains, over what its reward model knows", ylabel="gold score, PPO minus SFT")
+    gain.set_xlabel("reward model's accuracy on held-out pairs")
+    gain.grid(alpha=0.25)
+    gain.legend(fontsize=8)
     save(figure, path)
 
 

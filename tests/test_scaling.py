@@ -275,6 +275,7 @@ def test_win_rates_are_those_that_were_made(sweep, report):
         assert small["ppo/win_rate"] == pytest.approx(np.mean([(t < 0) + 0.5 * (t == 0) for t in truth]))
         assert large["ppo/win_rate"] == pytest.approx(np.mean([(t < whole) + 0.5 * (t == whole) for t in truth]))
         assert (small["ppo/gold"], large["ppo/gold"]) == (0, pytest.approx(whole))
+        assert large["ppo/gain"] == pytest.approx(whole - np.mean(truth))
         assert small["ppo/invented_share"] == large["ppo/invented_share"] == 0
 
 
