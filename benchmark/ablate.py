@@ -663,7 +663,8 @@ def main():
     out = Path(args.out) if args.out else default / "ablations.json"
     if args.out and not out.resolve().parent.is_dir():
         fail(f"--out {out}: its folder does not exist")  # now, not after two hours
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # as Ctrl-C
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell starts background jobs with SIGINT ignored
+        signal.signal(number, signal.default_int_handler)
     harness, chosen = Harness(args, variants), [v for v in variants if not args.only or v.name in args.only]
     chosen.sort(key=lambda variant: len(variant.stages))  # the cheap ones first
     runs = with_baselines(chosen)

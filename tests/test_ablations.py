@@ -10,8 +10,10 @@ import json
 import math
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -491,6 +493,27 @@ def test_a_failed_baseline_ends_everything(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         harness.run_all(ablate.with_baselines([VARIANTS["no_kl"]]), (1,))
     assert stopped.value.code == 2 and "a baseline failed" in capsys.readouterr().err
+
+
+def test_a_harness_in_the_background_can_be_stopped(tmp_path):
+    """A shell's background job ignores Ctrl-C; SIGTERM must end it all the same, and its stage with it."""
+    slow = "import time; print('begun', flush=True); time.sleep(300)"
+    program = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'benchmark')!r}); import ablate\n"
+        f"sys.argv = ['ablate.py', '--only', 'no_kl', '--seeds', '7', '--smoke', '--work_dir', {str(tmp_path)!r}]\n"
+        f"ablate.Harness.prepare = lambda self, variants: self.root.mkdir()\n"
+        f"ablate.Harness.command = lambda *_: [sys.executable, '-c', {slow!r}]\n"
+        f"ablate.main()\n"
+    )
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    ignore = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # noqa: E731
+    process = subprocess.Popen([sys.executable, "-c", program], preexec_fn=ignore, **pipes)
+    log, deadline = tmp_path / "smoke-test" / "baseline" / "seed7" / "sft.log", time.time() + 60
+    while not (log.exists() and "begun" in log.read_text()) and time.time() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1 and "the same command goes on" in said
 
 
 def test_other_scripts_and_settings_are_refused(tmp_path, capsys):
