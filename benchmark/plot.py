@@ -553,6 +553,10 @@ def size_axis(axes, record: dict) -> None:
     axes.grid(alpha=0.25)
 
 
+# A share lies between 0 and 1, whatever t says of four seeds: its bars end there (in the tables they do not).
+SHARES = ("win_rate", "accuracy", "agreement", "invented")
+
+
 def draw_by_size(axes, record: dict, key: str, label: str, color: str, marker: str = "o", shift: float = 0) -> None:
     """A figure by size: every seed a dot, the mean with its interval and a line through the means.
 
@@ -568,11 +572,13 @@ def draw_by_size(axes, record: dict, key: str, label: str, color: str, marker: s
         places = count * np.exp(np.linspace(-0.1, 0.1, len(values))) if len(values) > 1 else [count]
         axes.plot(places, values, marker, color=color, markersize=4, alpha=0.55, markeredgewidth=0)
         x, means = x + [count], means + [figure["mean"]]
-        half = 0 if figure["low"] is None else figure["mean"] - figure["low"]
-        errors.append(half)
+        low, high = (figure["mean"] if figure[side] is None else figure[side] for side in ("low", "high"))
+        if any(name in key for name in SHARES):
+            low, high = max(0, low), min(1, high)
+        errors.append((figure["mean"] - low, high - figure["mean"]))
     test = record["trends"][key]
     text = label if test is None or test["rho"] is None else f"{label} (rho {p_text(test)})"
-    axes.errorbar(x, means, yerr=errors, color=color, capsize=4, linewidth=1.6, label=text)
+    axes.errorbar(x, means, yerr=np.transpose(errors), color=color, capsize=4, linewidth=1.6, label=text)
 
 
 def size_colors(record: dict) -> dict:
@@ -667,19 +673,20 @@ def draw_agreement(record: dict, path: str) -> None:
             continue
         for count, values in found:
             axes.plot([count] * len(values), values, "o", color=color, markersize=4, alpha=0.5, markeredgewidth=0)
-        pairs = max(len(values) for _, values in found)
-        label = f"{label} ({pairs} pair{'s' * (pairs > 1)} of seeds)"
         axes.plot([count for count, _ in found], [np.mean(v) for _, v in found], color=color, label=label)
     middle.axhline(0.5, color=GREY, linestyle=":", label="chance")
-    pairs = record["about"]["pairs"]
-    middle.set(title=f"Reward models of two seeds, {pairs} held-out pairs", ylabel="share of pairs")
-    right.set_title(f"Policies of two seeds, {record['about']['posts']} held-out posts")
+    about, seeds = record["about"], max(len(a["seeds"]) for a in record["sizes"].values())
+    two = f"of two seeds (dots: all {math.comb(seeds, 2)} pairs of seeds)"
+    middle.set(title=f"Reward models {two},\n{about['pairs']} held-out pairs", ylabel="share of pairs")
+    right.set_title(f"Policies {two},\n{about['posts']} held-out posts")
     right.set_ylabel("share of posts; F measure")
-    right.set_ylim(-0.02, 1.02)
+    for axes in (left, right):
+        axes.set_ylim(-0.03, 1.3)  # room for the legend
+        axes.set_yticks(np.linspace(0, 1, 6))
     for axes in (left, middle, right):
         size_axis(axes, record)
         if axes.get_legend_handles_labels()[0]:  # a single seed agrees with nobody
-            axes.legend(fontsize=7.5)
+            axes.legend(fontsize=7.5, loc="center" if axes is middle else "upper left", ncols=1 if axes is left else 2)
     save(figure, path)
 
 

@@ -183,6 +183,35 @@ def test_the_figures_behind_the_learning_rate_for_scaling_are_those_of_the_resul
         assert f"h{run['hidden_size']}, reward model {run['rm_accuracy_validation']:.3f}" in BENCHMARKS
 
 
+def test_the_tables_by_size_are_those_of_the_results():
+    published = (ROOT / "benchmark" / "results" / "scaling.md").read_text().splitlines()
+    lines = section("Results").split("### What grows with size")[1].split("\n### ")[0].splitlines()
+    lines = [line for line in lines if line.startswith("|")]
+    assert len(lines) > 5 and all(line in published for line in lines)
+    # What the text below the table says.
+    record, text = result("scaling"), section("Results").split("### What grows with size")[1]
+    large, middle = ([run["ppo/gain"] for run in record["runs"][size].values()] for size in ("192", "64"))
+    assert min(large) > 0.5 and [sum(sign * gain > 0.5 for gain in middle) for sign in (1, -1)] == [1, 2]
+    fits = [record["sizes"]["192"]["by_length"][stage]["fit"]["win_rate_at_equal_length"] for stage in ("ppo", "sft")]
+    assert "wins {:.2f} at equal length against SFT's {:.2f}".format(*fits) in text
+    accuracy = {run["ppo/gain"]: run["reward/accuracy"] for run in record["runs"]["192"].values()}
+    assert sorted(accuracy.values())[-2] == accuracy[min(accuracy)]
+    wrong = [record["aggregated"]["reward/batch7"][size]["mean"] for size in ("16", "32")]
+    assert [round(share, 2) for share in wrong] == [0.5, 0.5]
+
+
+def test_what_the_benchmarks_say_of_agreement_is_in_the_results():
+    record, text = result("scaling"), " ".join(BENCHMARKS.split())
+    judge = [figure["mean"] for figure in record["aggregated"]["reward/agreement_with_judge"].values()]
+    assert ", ".join(f"{share:.2f}" for share in judge) + " on held-out pairs" in text
+    seeds = [about["agreement_between_seeds"] for about in record["sizes"].values()]
+    mean = {name: [sum(found[name]) / len(found[name]) for found in seeds] for name in seeds[0]}
+    assert f"{min(mean['reward models']):.2f} to {max(mean['reward models']):.2f} of the pairs" in text
+    rouge = mean["PPO ROUGE-L"]
+    assert f"ROUGE-L {rouge[0]:.2f} at 43 thousand parameters, {rouge[-1]:.2f} at 1.33 million" in text
+    assert {f"{100 * share:.0f}" for share in mean["SFT identical"][2:]} == {"87", "86"} and "86 to 87% of the posts" in text
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_are_described(name):
     assert f"[`{name}`]({name})" in README

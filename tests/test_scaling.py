@@ -590,7 +590,7 @@ def test_the_smoke_run_makes_every_table_and_picture(smoke):
     assert list(record["sizes"]) == ["16", "32"] and all(len(seeds) == 2 for seeds in record["runs"].values())
     assert len(json.loads((root / "results" / "overoptimisation.json").read_text())["runs"]) == 4
     assert len(list((root / "results").glob("*.png"))) == 7
-    assert "[15/15]" in first.stdout and "left" in first.stdout and "| SFT loss |" in first.stdout
+    assert "[16/16]" in first.stdout and "left" in first.stdout and "| SFT loss |" in first.stdout
 
 
 def test_the_gold_scores_are_logged_and_nothing_else_is_changed(smoke):
