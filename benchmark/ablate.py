@@ -271,7 +271,7 @@ class Harness:
     """The state of one call: where things are, what has been measured, what is running."""
 
     def __init__(self, args: Args, variants: list[Variant]):
-        self.args, self.started = args, time.time()
+        self.args = args
         self.root = run_folder(args)
         self.world = self.root / "world"
         self.flags = {stage: FLAGS[stage] | (SMOKE_FLAGS[stage] if args.smoke else {}) for stage in STAGES}
@@ -531,7 +531,9 @@ def make_report(harness: Harness, variants: list[Variant]) -> dict:
         for variant in with_baselines(variants)
     }
     report = {"command": " ".join(["python", "benchmark/ablate.py", *sys.argv[1:]]), "date": date.today().isoformat()}
-    report |= {"hardware": describe_machine(), "seconds": time.time() - harness.started}
+    report |= {"hardware": describe_machine()}
+    # Of all calls that worked in this folder, not of the last one alone.
+    report["process_seconds"] = sum(sum(seconds) * n for (_, n), seconds in harness.durations().items())
     durations = {f"{stage}, {n} process{'es' * (n > 1)}": values for (stage, n), values in harness.durations().items()}
     report["stage_seconds"] = {name: {"median": float(np.median(v)), "n": len(v)} for name, v in sorted(durations.items())}
     report |= {"setting": read_json(harness.root / "setting.json")}

@@ -213,6 +213,28 @@ def test_a_hard_cut_loses_the_end(patched, base_models):
     assert patched("hard_truncation").fit_queries(tokenizer, post, 400) == ppo.fit_queries(tokenizer, post, 400)
 
 
+def test_a_hard_cut_keeps_more_of_a_short_post(patched, tmp_path):
+    """What the README says of the facts that are left of posts of the tiny world at the limit of that ablation."""
+    import gold
+    import pyarrow.parquet as pq
+
+    sizes = dict(train_posts=200, train_pairs=9, validation_posts=9, test_posts=9, validation_pairs=9, test_pairs=9)
+    flags = [part for name, value in sizes.items() for part in (f"--num_{name}", str(value))]
+    command = [sys.executable, "benchmark/tiny_env.py", "--output_dir", str(tmp_path / "world"), *flags]
+    subprocess.run(command + ["--num_cnndm_pairs", "4"], cwd=ROOT, check=True, capture_output=True)
+    rows = pq.read_table(tmp_path / "world" / "posts" / "train.parquet").to_pylist()
+    tokenizer = ppo.load_tokenizer(str(tmp_path / "world" / "base_model"), "x")
+    facts = gold.load_facts(str(tmp_path / "world"))
+    parts = [ppo.post_parts(row["subreddit"], row["title"], row["post"]) for row in rows]
+    soft = ppo.fit_queries(tokenizer, parts, 64)
+    hard = patched("hard_truncation").fit_queries(tokenizer, parts, 64)
+    left = [
+        [sum(value in text for value in facts[row["id"]]["facts"].values()) for text in (a, b)]
+        for row, part, a, b in zip(rows, parts, soft, hard) if "".join(part) != a
+    ]  # fmt: skip
+    assert len(left) > 20 and np.mean(left, 0)[1] > np.mean(left, 0)[0] + 1
+
+
 def test_eos_as_pad_hides_eos_from_the_loss(patched, base_models):
     ids, lengths = torch.tensor([[5, 6, 7, 0, 0]]), torch.tensor([2])
     for script in ("sft", "reward", "ppo"):
@@ -612,3 +634,14 @@ def test_table_and_picture(tmp_path):
 def test_the_readme_has_the_table_of_diffs():
     readme = (ROOT / "benchmark" / "README.md").read_text(encoding="utf-8")
     assert ablate.list_table(list(VARIANTS.values())) in readme, "python benchmark/ablate.py --list prints it"
+
+
+def test_the_readme_has_the_results_as_they_are():
+    report = json.loads((ROOT / "benchmark" / "results" / "ablations.json").read_text(encoding="utf-8"))
+    readme = (ROOT / "benchmark" / "README.md").read_text(encoding="utf-8")
+    assert ablate.markdown(report) in readme
+    # What is published follows from its own raw figures, run by run.
+    for name, entry in report["ablations"].items():
+        again = ablate.compare(entry["runs"], report["baselines"][entry["baseline"]])
+        assert again["verdict"] == entry["verdict"] and len(again["seeds"]) == len(report["seeds"]) >= 4, name
+        assert again["difference"]["gold"] == entry["difference"]["gold"], name

@@ -200,6 +200,23 @@ def test_the_tables_by_size_are_those_of_the_results():
     assert [round(share, 2) for share in wrong] == [0.5, 0.5]
 
 
+def test_what_is_said_of_the_ablations_is_in_the_results():
+    record, text = result("ablations"), section("Results").split("### What each detail is worth")[1]
+    found = record["ablations"]["no_kl"]["difference"]["win_rate"]
+    said = f"costs {-found['mean']:.2f} of the win rate [{-found['high']:.2f}, {-found['low']:.2f}], in every seed"
+    assert said in text and max(found["differences"]) < 0
+    ends = [run["eos_share"] for run in record["ablations"]["no_eos_penalty"]["runs"].values()]
+    scores = [run["score"] for run in record["ablations"]["no_eos_penalty"]["runs"].values()]
+    hacked = sorted((share, score) for share, score in zip(ends, scores) if share < 0.99)
+    assert len(hacked) == 2 and [f"{100 * share:.0f}%" for share, _ in hacked] == ["0%", "9%"]
+    assert "9% and 0%" in BENCHMARKS and "gives {1:.1f} and {0:.1f}".format(*[s for _, s in hacked]) in BENCHMARKS
+    assert sum(run["length"] <= 10 for run in record["ablations"]["no_clipping"]["runs"].values()) == 3
+    assert len(record["ablations"]["no_clipping"]["collapsed"]) == 1
+    seeds = [run["win_rate"] for run in record["baselines"]["baseline"].values()]
+    both = f"between win rates of {min(seeds):.2f} and {max(seeds):.2f}"
+    assert both in " ".join(text.split()) and both in " ".join(BENCHMARKS.split())
+
+
 def test_what_the_benchmarks_say_of_agreement_is_in_the_results():
     record, text = result("scaling"), " ".join(BENCHMARKS.split())
     judge = [figure["mean"] for figure in record["aggregated"]["reward/agreement_with_judge"].values()]
