@@ -872,7 +872,8 @@ def overoptimisation_tables(record: dict) -> str:
         lost = f"{sum(run['collapsed'] for run in cell)} of {len(cell)}"
         head = f"h{reward}, {short_count(cell[0]['reward_parameters'])}"
         text.append(f"| {head} | {kl_coef:g} | {' | '.join(cells)} | {lost} |")
-    lost = record["warnings"][0]["collapsed_runs"]
+    lost, healthy = record["warnings"][0]["collapsed_runs"], sum(not run["collapsed"] for run in record["runs"])
+    text += [] if healthy else ["\nNo run stayed healthy, so there is no range of healthy runs for a metric to leave."]
     text += [
         f"\nWhat warns: in how many of the {lost} collapsed runs a metric leaves for good the range of all healthy "
         "runs, at which update (median); its rank correlation with the final gold score over all runs, after a third "
@@ -885,7 +886,8 @@ def overoptimisation_tables(record: dict) -> str:
         update = "-" if row["median_update"] is None else f"{row['median_update']:g}"
         rhos = ["-" if row[n] is None else f"{row[n]:+.2f}" for n in ("rho_early", "rho_end")]
         name = f"`{row['metric']}`" + (" (the truth itself)" if row["needs_the_truth"] else "")
-        text.append(f"| {name} | {row['left']} of {lost} | {update} | {' | '.join(rhos)} |")
+        left = f"{row['left']} of {lost}" if healthy else "-"
+        text.append(f"| {name} | {left} | {update} | {' | '.join(rhos)} |")
     return "\n".join(text) + "\n"
 
 

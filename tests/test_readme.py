@@ -217,6 +217,30 @@ def test_what_is_said_of_the_ablations_is_in_the_results():
     assert both in " ".join(text.split()) and both in " ".join(BENCHMARKS.split())
 
 
+def test_what_is_said_of_over_optimisation_is_in_the_results():
+    record, text = result("overoptimisation"), " ".join(BENCHMARKS.split())
+    runs, fell = record["runs"], {}
+    assert len(runs) == 24 and all(run["collapsed"] for run in runs)
+    for run in runs:
+        score = run["curves"]["objective/rm_scores"]
+        assert sum(score[-3:]) > sum(score[:3]) and run["gold_end"] < run["gold_first"]
+        fell.setdefault(run["kl_coef"], []).append(run["gold_first"] - run["gold_end"])
+    said = "at {0:g} the gold score ends {1:.1f} to {2:.1f} lower, at {3:g} it ends {4:.1f} to {5:.1f} lower"
+    assert said.format(0.2, min(fell[0.2]), max(fell[0.2]), 0, min(fell[0]), max(fell[0])) in text
+    far = {size: sorted(r["kl"] for r in runs if r["kl_coef"] == 0 and r["reward_size"] == size) for size in (192, 16)}
+    assert "{0:.0f} and {1:.0f} nats instead of {2:.0f} and {3:.0f}".format(*far[192], *far[16]) in text
+    for size in (192, 16):
+        lost = [
+            gold - run["gold_first"]
+            for run in runs if run["reward_size"] == size
+            for kl, gold in zip(run["curves"]["objective/kl"], run["curves"]["objective/gold_scores"]) if 3.5 < kl < 4.5
+        ]  # fmt: skip
+        assert f"{-sum(lost) / len(lost):.1f}" == "1.5"
+    early = {row["metric"]: row["rho_early"] for row in record["warnings"]}
+    for name in ("objective/kl", "objective/entropy", "val/eos_share", "objective/rm_scores"):
+        assert f"{early[name]:+.2f})" in text, name
+
+
 def test_what_the_benchmarks_say_of_agreement_is_in_the_results():
     record, text = result("scaling"), " ".join(BENCHMARKS.split())
     judge = [figure["mean"] for figure in record["aggregated"]["reward/agreement_with_judge"].values()]
@@ -226,7 +250,8 @@ def test_what_the_benchmarks_say_of_agreement_is_in_the_results():
     assert f"{min(mean['reward models']):.2f} to {max(mean['reward models']):.2f} of the pairs" in text
     rouge = mean["PPO ROUGE-L"]
     assert f"ROUGE-L {rouge[0]:.2f} at 43 thousand parameters, {rouge[-1]:.2f} at 1.33 million" in text
-    assert {f"{100 * share:.0f}" for share in mean["SFT identical"][2:]} == {"87", "86"} and "86 to 87% of the posts" in text
+    same = sorted(f"{100 * share:.0f}" for share in mean["SFT identical"][2:])
+    assert f"the same text for {same[0]} to {same[1]}% of the posts" in text
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
