@@ -205,6 +205,9 @@ def test_what_is_said_of_the_ablations_is_in_the_results():
     found = record["ablations"]["no_kl"]["difference"]["win_rate"]
     said = f"costs {-found['mean']:.2f} of the win rate [{-found['high']:.2f}, {-found['low']:.2f}], in every seed"
     assert said in text and max(found["differences"]) < 0
+    for name in ("eos_as_pad", "sft_loss_on_query"):
+        assert record["ablations"][name]["verdict"] == "fails outright"
+    assert all(run["eos_share"] == 0 for run in record["ablations"]["eos_as_pad"]["runs"].values())
     ends = [run["eos_share"] for run in record["ablations"]["no_eos_penalty"]["runs"].values()]
     scores = [run["score"] for run in record["ablations"]["no_eos_penalty"]["runs"].values()]
     hacked = sorted((share, score) for share, score in zip(ends, scores) if share < 0.99)
