@@ -24,7 +24,8 @@ they do the same.
 
 Where it differs from the code of the paper (arXiv 2403.17031), on purpose
     1. The same numbers for less work: rows of similar length share a batch, padded on the right to the longest and not
-       to 512 + 53; logits are computed for the response tokens only; see `join_rows`, `TokenLogprobs`, `rollout`.
+       to 512 + 53; logits, and the last MLP, are computed for the response tokens only; see `join_rows`,
+       `last_mlp_at`, `TokenLogprobs`, `rollout`.
     2. Advantages are whitened over the global batch; the published code whitens per process.
     3. Losses are means over the tokens of a whole minibatch, which one permutation, shared by all processes, draws
        from the global batch. So the gradient does not depend on how a minibatch is cut into micro-batches and
@@ -555,7 +556,11 @@ def save_model(model, weights: dict, tokenizer, padding_side: str, output_dir: s
 
 
 class ScalarModel(nn.Module):
-    """A transformer body with a linear output per token, padded ids (B, T) -> (B, T): reward model and value model."""
+    """
+    A transformer body with one linear output per token: reward model and value model.
+
+    Padded ids (B, T) and positions (B, P) -> the outputs at those positions, (B, P).
+    """
 
     def __init__(self, classifier):
         super().__init__()
@@ -566,9 +571,38 @@ class ScalarModel(nn.Module):
         # so that its first output at EOS equals the score. From here on, unlike in reward.py, the bias is trained.
         nn.init.constant_(self.head.bias, -getattr(classifier.config, "normalization_offset", 0.0))
 
-    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
-        hidden = self.body(**causal_inputs(token_ids, self.pad_token_id)).last_hidden_state  # (B, T, d)
-        return self.head(hidden).squeeze(-1).float()  # (B, T)
+    def forward(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        with last_mlp_at(self.body, torch.zeros_like(token_ids, dtype=torch.bool).scatter(1, positions, True)):
+            hidden = self.body(**causal_inputs(token_ids, self.pad_token_id)).last_hidden_state  # (B, T, d)
+        return self.head(hidden).squeeze(-1).float().gather(1, positions)
+
+
+@contextmanager
+def last_mlp_at(model, keep: torch.Tensor):
+    """While in it, the MLP of the model's last layer computes only the positions where `keep` (B, T) is True."""
+    # An MLP, two thirds of a layer, works on each position by itself, and after the last one no position looks at
+    # another. So where nobody reads the output, nothing is lost: the other positions get 0 from it.
+    layers = [module for module in model.base_model.children() if isinstance(module, torch.nn.ModuleList)]
+    layer = layers[0][-1] if layers else None
+    # (Where a layer runs again in the backward pass, with gradient checkpointing, the hooks would be gone by then.)
+    again = getattr(layer, "gradient_checkpointing", False) and layer.training
+    if again or not isinstance(getattr(layer, "mlp", None), torch.nn.Module):
+        yield
+        return
+    index, shape = keep.flatten().nonzero().squeeze(1), keep.shape  # (N,)
+
+    def take(_, inputs):
+        return (inputs[0].flatten(0, 1)[None, index],)  # (B, T, d) -> (1, N, d)
+
+    def put_back(_, inputs, output):
+        return output.new_zeros(keep.numel(), output.shape[-1]).index_copy(0, index, output[0]).view(*shape, -1)
+
+    hooks = [layer.mlp.register_forward_pre_hook(take), layer.mlp.register_forward_hook(put_back)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def logits_at(model, head, inputs: dict, keep: torch.Tensor) -> torch.Tensor:
@@ -577,7 +611,8 @@ def logits_at(model, head, inputs: dict, keep: torch.Tensor) -> torch.Tensor:
     # take such a mask themselves; not all that the scripts run on.)
     hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][keep],))  # (B, T, d) -> (N, d)
     try:
-        return model(**inputs).logits
+        with last_mlp_at(model, keep):
+            return model(**inputs).logits
     finally:
         hook.remove()
 
@@ -665,7 +700,7 @@ class PolicyAndValue(nn.Module):
         pad = self.value_model.pad_token_id
         token_ids, before = join_rows(queries, responses, pad)
         logprobs, entropies = response_logprobs(self.policy, token_ids, before, responses, pad, temperature)
-        return logprobs, entropies, self.value_model(token_ids).gather(1, before)
+        return logprobs, entropies, self.value_model(token_ids, before)
 
 
 def load_reward_model(path: str, tokenizer) -> ScalarModel:
@@ -890,7 +925,7 @@ def reward_scores(reward_model, queries: torch.Tensor, responses: torch.Tensor, 
     token_ids, _ = join_rows(queries, responses, pad_token_id)  # (B, T)
     # Detail 12 (reward at EOS): read at the last token of the response. Looking for the first [PAD] of the row instead
     # would find the left padding of the query, where there is any.
-    return reward_model(token_ids).gather(1, (token_ids != pad_token_id).sum(1, keepdim=True) - 1).squeeze(1)
+    return reward_model(token_ids, (token_ids != pad_token_id).sum(1, keepdim=True) - 1).squeeze(1)
 
 
 @torch.no_grad()

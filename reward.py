@@ -604,6 +604,34 @@ def save_model(model, weights: dict, tokenizer, padding_side: str, output_dir: s
         fail(f"{final} cannot be written ({error}): make room or mend the folder, then go on with --resume")
 
 
+@contextmanager
+def last_mlp_at(model, keep: torch.Tensor):
+    """While in it, the MLP of the model's last layer computes only the positions where `keep` (B, T) is True."""
+    # An MLP, two thirds of a layer, works on each position by itself, and after the last one no position looks at
+    # another. So where nobody reads the output, nothing is lost: the other positions get 0 from it.
+    layers = [module for module in model.base_model.children() if isinstance(module, torch.nn.ModuleList)]
+    layer = layers[0][-1] if layers else None
+    # (Where a layer runs again in the backward pass, with gradient checkpointing, the hooks would be gone by then.)
+    again = getattr(layer, "gradient_checkpointing", False) and layer.training
+    if again or not isinstance(getattr(layer, "mlp", None), torch.nn.Module):
+        yield
+        return
+    index, shape = keep.flatten().nonzero().squeeze(1), keep.shape  # (N,)
+
+    def take(_, inputs):
+        return (inputs[0].flatten(0, 1)[None, index],)  # (B, T, d) -> (1, N, d)
+
+    def put_back(_, inputs, output):
+        return output.new_zeros(keep.numel(), output.shape[-1]).index_copy(0, index, output[0]).view(*shape, -1)
+
+    hooks = [layer.mlp.register_forward_pre_hook(take), layer.mlp.register_forward_hook(put_back)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 class RewardModel(nn.Module):
     """A sequence classifier with one label, as a module for DDP and DeepSpeed: padded ids (B, T) -> raw scores (B,)."""
 
@@ -616,11 +644,12 @@ class RewardModel(nn.Module):
         # Left padding occurs only where scores under it are asked for: it costs an attention mask.
         on_the_right = bool((token_ids[:, 0] != pad).all())
         inputs = causal_inputs(token_ids, pad) if on_the_right else model_inputs(token_ids, pad) | {"use_cache": False}
-        hidden = self.classifier.base_model(**inputs).last_hidden_state  # (B, T, d)
+        last = last_token_index(token_ids, pad)  # (B,)
+        with last_mlp_at(self.classifier, F.one_hot(last, token_ids.shape[1]).bool()):
+            hidden = self.classifier.base_model(**inputs).last_hidden_state  # (B, T, d)
         # Detail 13 (other positions): only the output at EOS is trained and read. What the head says elsewhere is
         # mostly negative and means nothing, so it is not even computed.
-        rows = torch.arange(len(token_ids), device=token_ids.device)
-        at_eos = hidden[rows, last_token_index(token_ids, pad)]  # (B, d)
+        at_eos = hidden[torch.arange(len(token_ids), device=token_ids.device), last]  # (B, d)
         return self.classifier.score(at_eos).squeeze(-1).float()  # (B,)
 
 

@@ -494,13 +494,42 @@ def causal_inputs(token_ids: torch.Tensor, pad_token_id: int) -> dict:
     return dict(input_ids=token_ids.masked_fill(token_ids == pad_token_id, 0), use_cache=False)
 
 
+@contextmanager
+def last_mlp_at(model, keep: torch.Tensor):
+    """While in it, the MLP of the model's last layer computes only the positions where `keep` (B, T) is True."""
+    # An MLP, two thirds of a layer, works on each position by itself, and after the last one no position looks at
+    # another. So where nobody reads the output, nothing is lost: the other positions get 0 from it.
+    layers = [module for module in model.base_model.children() if isinstance(module, torch.nn.ModuleList)]
+    layer = layers[0][-1] if layers else None
+    # (Where a layer runs again in the backward pass, with gradient checkpointing, the hooks would be gone by then.)
+    again = getattr(layer, "gradient_checkpointing", False) and layer.training
+    if again or not isinstance(getattr(layer, "mlp", None), torch.nn.Module):
+        yield
+        return
+    index, shape = keep.flatten().nonzero().squeeze(1), keep.shape  # (N,)
+
+    def take(_, inputs):
+        return (inputs[0].flatten(0, 1)[None, index],)  # (B, T, d) -> (1, N, d)
+
+    def put_back(_, inputs, output):
+        return output.new_zeros(keep.numel(), output.shape[-1]).index_copy(0, index, output[0]).view(*shape, -1)
+
+    hooks = [layer.mlp.register_forward_pre_hook(take), layer.mlp.register_forward_hook(put_back)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def logits_at(model, head, inputs: dict, keep: torch.Tensor) -> torch.Tensor:
     """The logits (N, V) of a language model, `head` its last layer, at the N positions where `keep` (B, T) is True."""
     # The model's own forward pass, in which a hook hands only those rows to the head. (Newer versions of transformers
     # take such a mask themselves; not all that the scripts run on.)
     hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][keep],))  # (B, T, d) -> (N, d)
     try:
-        return model(**inputs).logits
+        with last_mlp_at(model, keep):
+            return model(**inputs).logits
     finally:
         hook.remove()
 

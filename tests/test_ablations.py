@@ -290,7 +290,7 @@ def test_last_position(patched):
     ids = torch.tensor([[5, 0, 9, 9], [5, 5, 5, 0]])
     assert patched("reward_last_position", "reward").last_token_index(ids, 9).tolist() == [3, 3]
     queries, responses = torch.tensor([[5], [5]]), torch.tensor([[0, 9, 9], [5, 5, 0]])
-    read = [m.reward_scores(lambda t: torch.arange(4.0).expand(2, 4), queries, responses, 9)
+    read = [m.reward_scores(lambda _, positions: positions.float(), queries, responses, 9)
             for m in (ppo, patched("reward_last_position"))]  # fmt: skip
     assert [scores.tolist() for scores in read] == [[1.0, 3.0], [3.0, 3.0]]
 
@@ -309,7 +309,7 @@ def test_value_models(patched, small_chain):
         module = ppo if name == "baseline" else patched(name)
         model, _, reward_model = module.load_networks(args, config, tokenizer)
         policy, value = model.policy.base_model.state_dict(), model.value_model.body.state_dict()
-        assert policy.keys() == value.keys() and model.value_model(ids).shape == (3, 9)
+        assert policy.keys() == value.keys() and model.value_model(ids, ids[:, :4] % 9).shape == (3, 4)
         assert next(model.value_model.parameters()).requires_grad
         same[name] = all(torch.equal(policy[key], value[key]) for key in policy)
         equal_reward = torch.equal(model.value_model.head.weight, reward_model.head.weight)

@@ -264,7 +264,8 @@ def test_dropout_is_off(family, tmp_path):
     reward.save_model(classifier, classifier.state_dict(), tokenizer, "right", str(tmp_path / "out"))
     scalar = ppo.load_reward_model(str(tmp_path / "out" / "model"), tokenizer).train()
     with torch.no_grad():
-        assert torch.equal(scalar(ids), scalar(ids))
+        everywhere = torch.arange(ids.shape[1]).expand(ids.shape)
+        assert torch.equal(scalar(ids, everywhere), scalar(ids, everywhere))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -372,8 +373,8 @@ def test_reward_folder_in_plain_transformers(setup):
     with torch.no_grad():
         raw = ours(reward.pad_rows(rows, pad, "right", "cpu"))
         left = ours(reward.pad_rows(rows, pad, "left", "cpu"))  # Detail 14
-        scores = scalar(ppo.pad_rows(rows, pad, "right", "cpu"))
-        scores = torch.stack([row[len(ids) - 1] for row, ids in zip(scores, rows)])
+        last = torch.tensor([[len(row) - 1] for row in rows])
+        scores = scalar(ppo.pad_rows(rows, pad, "right", "cpu"), last).squeeze(1)
         alone = torch.tensor([plain(input_ids=torch.tensor([row])).logits.item() for row in rows])
     assert deviation(outputs, alone) < 1e-4 and deviation(raw, outputs) < 1e-4 and deviation(left, raw) < 1e-4
     assert deviation(scores, outputs - OFFSET) < 1e-4

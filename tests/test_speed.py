@@ -103,6 +103,40 @@ def test_rollout_and_training_do_no_work_twice_or_in_vain(folders, monkeypatch):
     assert not any(seen[name] for name in ("reference", "reward", "reference head"))
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_last_mlp_works_only_where_its_output_is_read(folders, checkpointing):
+    """One position per response token; with gradient checkpointing, whose second pass has no hooks, all of them."""
+    args, _, networks, rows = prepare(folders)
+    tokenizer, model = networks[-1], networks[0].train(checkpointing)
+    if checkpointing:
+        for network in (model.policy, model.value_model.body):
+            network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    queries = ppo.pad_rows(rows["query_tokens"], tokenizer.pad_token_id, "left", "cpu")
+    responses = torch.randint(2, 200, (24, R), generator=torch.Generator().manual_seed(0))
+    responses[:5, 4:] = tokenizer.pad_token_id
+    bodies = {"policy": model.policy.gpt_neox, "value": model.value_model.body, "reward": networks[2].body}
+    seen = count({name: body.layers[-1].mlp for name, body in bodies.items()})
+    hooks = [len(body.layers[-1].mlp._forward_hooks) for body in bodies.values()]
+    logprobs, _, values = model(queries, responses, 0.7)
+    token_ids, before = ppo.join_rows(queries, responses, tokenizer.pad_token_id)
+    ppo.reward_scores(networks[2], queries, responses, tokenizer.pad_token_id)
+    valid = (responses != tokenizer.pad_token_id).sum().item()
+    read = sum(len(set(row)) for row in before.tolist())  # some are read twice: rows that end at the width
+    expected = [token_ids.numel()] * 2 if checkpointing else [valid, read]
+    assert [seen["policy"][0], seen["value"][0], seen["reward"][0]] == [*expected, 24]
+    assert [len(body.layers[-1].mlp._forward_hooks) for body in bodies.values()] == hooks  # none is left behind
+    (logprobs.sum() + values.sum()).backward()  # would fail if a second pass made other tensors than the first
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_last_mlp_of_an_unknown_architecture_is_left_alone():
+    """A body without a list of layers, and layers without an `mlp`: nothing is hooked, nothing fails."""
+    keep = torch.ones((1, 1), dtype=torch.bool)
+    for body in (torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.ModuleList([torch.nn.Linear(2, 2)]))):
+        with ppo.last_mlp_at(SimpleNamespace(base_model=body), keep):
+            assert not any(module._forward_hooks for module in body.modules())
+
+
 def test_evaluation_runs_the_reward_model_alone_over_references(folders):
     args, accelerator, networks, rows = prepare(folders, local_eval_batch_size=12)
     seen = watch(networks)

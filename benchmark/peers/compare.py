@@ -63,10 +63,11 @@ def main():
             "trl_gib": theirs["peak_memory_gib"],
             "ours_cpu": statistics.median(update["cpu_seconds"] for update in mine["updates"]) / args.batch,
             "trl_cpu": statistics.median(theirs["cpu_seconds"]) / args.batch,
+            "ours_utilisation": mine["utilisation"],
             "ours_other_cores": [update["other_cores"] for update in mine["updates"]],
         })  # fmt: skip
         print(f"pair {pair + 1}: {ours_rate:.3f} and {trl_rate:.3f} episodes/s", flush=True)
-    median = {name: statistics.median(pair[name] for pair in pairs) for name in list(pairs[0])[:7]}
+    median = {name: statistics.median(pair[name] for pair in pairs) for name in list(pairs[0])[:8]}
     result = {"shape": args.shape, "batch": args.batch, "micro_batch": args.micro_batch, "machine": mine["machine"]}
     result |= {"mean_response": mine["mean_response"], "mean_tokens": mine["mean_tokens"], "posts": mine["posts"]}
     median["cpu_ratio"] = median["trl_cpu"] / median["ours_cpu"]
