@@ -2,7 +2,7 @@
 speed.py: how the cost of a PPO update grows, and the picture of all speed figures.
 
     python benchmark/speed.py grow        # about fifteen minutes on two cores; writes benchmark/results/growth.json
-    python benchmark/speed.py draw        # benchmark/results/speed.png, from growth.json and peers.json
+    python benchmark/speed.py draw        # benchmark/results/speed.png, and the README's table, from what was measured
 
 `grow` runs benchmark/throughput.py, one run after the other: updates of 32 to 512 episodes over posts of the same
 distribution (even quantiles of the real lengths), and updates of 32 episodes whose queries have about 90 to 480 tokens.
@@ -78,6 +78,22 @@ def write(path, text):
     os.replace(f"{path}.tmp", path)
 
 
+def table(peers):
+    """The comparisons with TRL as a Markdown table: medians over the pairs of runs, and the range of their ratios."""
+    lines = [
+        "| shape | response | `ppo.py`, episodes/s | TRL 1.12.0 | times as fast | peak GiB | TRL's | utilisation |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for entry in peers:
+        median, ratios = entry["median"], [pair["ratio"] for pair in entry["pairs"]]
+        lines.append(
+            f"| {entry['shape']} | {entry['mean_response']:.0f} tokens | {median['ours']:.3g} | {median['trl']:.2g} "
+            f"| {median['ratio']:.2f} ({min(ratios):.2f} to {max(ratios):.2f}, n = {len(ratios)}) "
+            f"| {median['ours_gib']:.2f} | {median['trl_gib']:.2f} | {median['ours_utilisation']:.0%} |"
+        )
+    return "\n".join(lines)
+
+
 def draw(args):
     results = HERE / "results"
     growth, peers = [json.loads((results / f"{name}.json").read_text()) for name in ("growth", "peers")]
@@ -115,6 +131,7 @@ def draw(args):
     path = args.out or results / "speed.png"
     figure.savefig(f"{path}.tmp", format="png", dpi=120)
     os.replace(f"{path}.tmp", path)
+    print(table(peers))
 
 
 def main():
