@@ -582,11 +582,12 @@ def last_mlp_at(model, keep: torch.Tensor):
     """While in it, the MLP of the model's last layer computes only the positions where `keep` (B, T) is True."""
     # An MLP, two thirds of a layer, works on each position by itself, and after the last one no position looks at
     # another. So where nobody reads the output, nothing is lost: the other positions get 0 from it.
+    model = getattr(model, "module", model)  # without the wrapper of DistributedDataParallel or DeepSpeed
     layers = [module for module in model.base_model.children() if isinstance(module, torch.nn.ModuleList)]
-    layer = layers[0][-1] if layers else None
-    # (Where a layer runs again in the backward pass, with gradient checkpointing, the hooks would be gone by then.)
-    again = getattr(layer, "gradient_checkpointing", False) and layer.training
-    if again or not isinstance(getattr(layer, "mlp", None), torch.nn.Module):
+    # Only in families where it is tested that `mlp` takes the hidden states, nothing else, and returns as much. (With
+    # gradient checkpointing, a layer runs again in the backward pass, when the hooks would be gone.)
+    known = model.config.model_type in ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")
+    if not known or (layers[0][-1].training and getattr(layers[0][-1], "gradient_checkpointing", False)):
         yield
         return
     index, shape = keep.flatten().nonzero().squeeze(1), keep.shape  # (N,)
@@ -597,7 +598,8 @@ def last_mlp_at(model, keep: torch.Tensor):
     def put_back(_, inputs, output):
         return output.new_zeros(keep.numel(), output.shape[-1]).index_copy(0, index, output[0]).view(*shape, -1)
 
-    hooks = [layer.mlp.register_forward_pre_hook(take), layer.mlp.register_forward_hook(put_back)]
+    mlp = layers[0][-1].mlp
+    hooks = [mlp.register_forward_pre_hook(take), mlp.register_forward_hook(put_back)]
     try:
         yield
     finally:

@@ -180,7 +180,9 @@ def test_gradient_checkpointing_computes_layers_again_and_changes_nothing(varian
     assert counts[1][0] == 2 * counts[0][0] > 0  # every layer runs twice,
     if engine != "zero3":
         assert counts[1][1] < 0.7 * counts[0][1]  # and keeps less
-    assert distance(last_parameters(out), last_parameters(plain)) < 1e-6
+    # (With checkpointing, the last layer's MLP works at every position: matrix products of other shapes, which round
+    # otherwise.)
+    assert distance(last_parameters(out), last_parameters(plain)) < 1e-5
     assert without_clock(read_metrics(out))[0] == pytest.approx(
         without_clock(read_metrics(plain))[0], rel=1e-5, abs=1e-6
     )

@@ -4,6 +4,7 @@ against float64 and plain computations (more of those in test_models.py).
 """
 
 import os
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import make_config, make_posts, reset_accelerate
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 import ppo
 import reward
@@ -129,12 +130,29 @@ def test_last_mlp_works_only_where_its_output_is_read(folders, checkpointing):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_last_mlp_of_an_unknown_architecture_is_left_alone():
-    """A body without a list of layers, and layers without an `mlp`: nothing is hooked, nothing fails."""
-    keep = torch.ones((1, 1), dtype=torch.bool)
-    for body in (torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.ModuleList([torch.nn.Linear(2, 2)]))):
-        with ppo.last_mlp_at(SimpleNamespace(base_model=body), keep):
-            assert not any(module._forward_hooks for module in body.modules())
+SMALL = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=8)
+SMALL |= dict(intermediate_size=32, vocab_size=60, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "bloom", "mixtral"])
+def test_last_mlp_changes_nothing_where_it_is_read(family):
+    """Outputs and gradients against the plain pass, in all families that it touches and in two that it must not."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **SMALL)
+    model, keep = AutoModel.from_config(config).eval(), torch.rand(3, 7) < 0.4
+    token_ids, seen, found = torch.randint(1, 60, (3, 7)), [], []
+    for restricted in (False, True):
+        model.zero_grad()
+        if restricted and family not in ("bloom", "mixtral"):
+            layers = next(module for module in model.children() if isinstance(module, torch.nn.ModuleList))
+            layers[-1].mlp.register_forward_hook(lambda _, inputs, output: seen.append(output.shape[1]))
+        with ppo.last_mlp_at(model, keep) if restricted else nullcontext():
+            hidden = model(input_ids=token_ids, use_cache=False).last_hidden_state
+        (hidden[keep] ** 2 * torch.arange(16)).sum().backward()
+        found.append([hidden[keep], *[parameter.grad for parameter in model.parameters()]])
+    for plain, other in zip(*found):
+        assert (plain is None and other is None) or torch.allclose(plain, other, rtol=1e-4, atol=1e-4)
+    assert seen == ([] if family in ("bloom", "mixtral") else [keep.sum()])
 
 
 def test_evaluation_runs_the_reward_model_alone_over_references(folders):
