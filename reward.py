@@ -16,12 +16,13 @@ eval_<split>.png. The same command with --resume goes on after an interruption.
 Where it differs from the code of the paper (arXiv 2403.17031), on purpose
     1. The model is saved in the form of transformers' sequence classifiers. The head has no bias there, so the
        normalisation offset stands in config.json: score = output of a plain load - config.normalization_offset.
-    2. Raw columns are read, formatted and tokenized here; batches are padded to their longest row, not to 638.
+    2. Raw columns are read, formatted and tokenized here; in a forward pass the rows of a batch stand one behind
+       another, without padding (`packed_inputs`), instead of 638 tokens each.
     3. All processes share the order of the data, so an epoch sees every pair once.
     4. A folder of reward.py is complete in itself; the SFT folder is not needed to load it.
 
 Tags such as "Detail 11" lead to the table of details in the README. Letters in shape comments: B rows (2 per pair, the
-chosen ones first), T tokens of a padded row.
+chosen ones first), T tokens of a padded row, N tokens of a batch without padding, d hidden size.
 """
 
 import copy
@@ -59,8 +60,10 @@ from huggingface_hub import HfApi, ModelCardData
 from matplotlib.figure import Figure
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoTokenizer
 
 
 @dataclass
@@ -514,12 +517,19 @@ def model_folder(path: str) -> str:
     return inside if os.path.exists(os.path.join(inside, "config.json")) else path
 
 
+# Families for which tests/test_speed.py shows that what `packed_inputs` and `last_mlp_at` leave out changes nothing. It
+# goes through this list: to train another family, add it, and run that test.
+FAMILIES = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")
+
+
 def load_config(path: str, flag: str, base_model: Optional[str] = None):
     """The config of a model folder or hub id (of --base_model where the folder has none), with dropout off."""
     if base_model and os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
         return load_config(base_model, "--base_model")  # weights and nothing else in the folder
     message = f"{flag} {path}: not a model folder, and not a model that the hub gives"
-    config = attempt(lambda: AutoConfig.from_pretrained(path), message)
+    config = attempt(lambda: AutoConfig.from_pretrained(path, attn_implementation="within_rows"), message)
+    if config.model_type not in FAMILIES:
+        fail(f"{flag} {path}: its family is {config.model_type}; tested are {', '.join(FAMILIES)} (see FAMILIES)")
     if base_model:
         base = load_config(base_model, "--base_model")
         for name in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads"):
@@ -535,9 +545,14 @@ def load_config(path: str, flag: str, base_model: Optional[str] = None):
     return config
 
 
+def max_positions(config):
+    """The tokens that a row may have: the model's positions, or the window of its attention if that is shorter."""
+    return min(getattr(config, name, None) or math.inf for name in ("max_position_embeddings", "sliding_window"))
+
+
 def check_positions(config, needed: int, flags: str):
     """Refuse lengths for which the model has no positions."""
-    positions = getattr(config, "max_position_embeddings", None) or math.inf
+    positions = max_positions(config)
     if needed > positions:
         fail(f"{flags}: {needed} positions are needed, but the model has only {positions}; lower the flags")
 
@@ -569,11 +584,49 @@ def model_inputs(token_ids: torch.Tensor, pad_token_id: int) -> dict:
     return dict(input_ids=input_ids, attention_mask=attention_mask.long(), position_ids=position_ids)
 
 
-def causal_inputs(token_ids: torch.Tensor, pad_token_id: int) -> dict:
-    """The same for a full pass over ids (B, T) padded on the RIGHT only, which needs neither mask nor positions."""
-    # Causal attention never sees what comes later. Told so by the missing mask, it computes the half below the diagonal
-    # only, and no (B, T, T) mask is made.
-    return dict(input_ids=token_ids.masked_fill(token_ids == pad_token_id, 0), use_cache=False)
+def attend_within_rows(module, query, key, value, attention_mask, row_lengths=None, **kwargs):
+    """
+    The attention that the models are loaded with (see `load_config`): queries, keys, values (1, heads, N, d_head) of
+    the rows of `packed_inputs` -> (1, N, heads, d_head), causal within each row. No token sees another row's. Without
+    row_lengths, that is in sampling, it is transformers' own.
+    """
+    attend = AttentionInterface()["sdpa"]
+    if row_lengths is None:
+        return attend(module, query, key, value, attention_mask, **kwargs)
+    rows = [tensor.split(row_lengths, dim=2) for tensor in (query, key, value)]  # (1, heads, T, d_head) each
+    if ONE_ROW_AT_A_TIME:
+        outputs = [attend(module, *row, None, **kwargs)[0][0] for row in zip(*rows)]  # (T, heads, d_head) each
+    else:
+        padded = [pad_sequence([row[0].transpose(0, 1) for row in part], True).transpose(1, 2) for part in rows]
+        outputs = attend(module, *padded, None, **kwargs)[0]  # (B, T, heads, d_head)
+        outputs = [output[:length] for output, length in zip(outputs, row_lengths)]
+    return torch.cat(outputs)[None], None
+
+
+def mask_for_sampling(attention_mask=None, **kwargs):
+    """transformers' mask (B, 1, queries, keys) where there is padding; none for the rows of `packed_inputs`."""
+    return None if attention_mask is None else AttentionMaskInterface()["sdpa"](attention_mask=attention_mask, **kwargs)
+
+
+AttentionInterface.register("within_rows", attend_within_rows)
+AttentionMaskInterface.register("within_rows", mask_for_sampling)
+# On a CPU, a row by itself needs no padding. On a GPU, it is too little work for a kernel: there, all rows at once.
+ONE_ROW_AT_A_TIME = not torch.cuda.is_available()
+
+
+def packed_inputs(token_ids: torch.Tensor, pad_token_id: int) -> dict:
+    """
+    What a model takes for one full pass over ids (B, T) padded on either side: their N tokens one behind another,
+    without the padding. The model gives (1, N, ...) for them, which is (B, T, ...)[token_ids != pad_token_id].
+
+    >>> packed_inputs(torch.tensor([[5, 6, 9], [7, 8, 4]]), pad_token_id=9)["position_ids"]
+    tensor([[0, 1, 0, 1, 2]])
+    """
+    # Rows differ in length. In small batches, a tenth of every matrix product would be work on padding.
+    is_token = token_ids != pad_token_id  # (B, T)
+    position_ids = (is_token.long().cumsum(1) - 1)[is_token]  # (N,)
+    inputs = dict(input_ids=token_ids[is_token][None], position_ids=position_ids[None])
+    return inputs | dict(row_lengths=is_token.sum(1).tolist(), use_cache=False)
 
 
 def last_token_index(token_ids: torch.Tensor, pad_token_id: int) -> torch.Tensor:
@@ -606,27 +659,23 @@ def save_model(model, weights: dict, tokenizer, padding_side: str, output_dir: s
 
 @contextmanager
 def last_mlp_at(model, keep: torch.Tensor):
-    """While in it, the MLP of the model's last layer computes only the positions where `keep` (B, T) is True."""
-    # An MLP, two thirds of a layer, works on each position by itself, and after the last one no position looks at
-    # another. So where nobody reads the output, nothing is lost: the other positions get 0 from it.
+    """In a pass over `packed_inputs`, let the last layer's MLP compute only the tokens where `keep` (N,) is True."""
+    # An MLP, two thirds of a layer, works on each token by itself, and after the last one no token looks at another. So
+    # where nobody reads the output, nothing is lost: the other tokens get 0 from it.
     model = getattr(model, "module", model)  # without the wrapper of DistributedDataParallel or DeepSpeed
-    layers = [module for module in model.base_model.children() if isinstance(module, torch.nn.ModuleList)]
-    # Only in families where it is tested that `mlp` takes the hidden states, nothing else, and returns as much. (With
-    # gradient checkpointing, a layer runs again in the backward pass, when the hooks would be gone.)
-    known = model.config.model_type in ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")
-    if not known or (layers[0][-1].training and getattr(layers[0][-1], "gradient_checkpointing", False)):
-        yield
+    layer = next(module for module in model.base_model.children() if isinstance(module, torch.nn.ModuleList))[-1]
+    if layer.training and getattr(layer, "gradient_checkpointing", False):
+        yield  # the layer will run again in the backward pass, when the hooks would be gone
         return
-    index, shape = keep.flatten().nonzero().squeeze(1), keep.shape  # (N,)
+    index = keep.nonzero().squeeze(1)  # (K,)
 
     def take(_, inputs):
-        return (inputs[0].flatten(0, 1)[None, index],)  # (B, T, d) -> (1, N, d)
+        return (inputs[0][:, index],)  # (1, N, d) -> (1, K, d)
 
     def put_back(_, inputs, output):
-        return output.new_zeros(keep.numel(), output.shape[-1]).index_copy(0, index, output[0]).view(*shape, -1)
+        return output.new_zeros(1, len(keep), output.shape[-1]).index_copy(1, index, output)
 
-    mlp = layers[0][-1].mlp
-    hooks = [mlp.register_forward_pre_hook(take), mlp.register_forward_hook(put_back)]
+    hooks = [layer.mlp.register_forward_pre_hook(take), layer.mlp.register_forward_hook(put_back)]
     try:
         yield
     finally:
@@ -644,14 +693,17 @@ class RewardModel(nn.Module):
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         pad = self.classifier.config.pad_token_id
         # Left padding occurs only where scores under it are asked for: it costs an attention mask.
-        on_the_right = bool((token_ids[:, 0] != pad).all())
-        inputs = causal_inputs(token_ids, pad) if on_the_right else model_inputs(token_ids, pad) | {"use_cache": False}
-        last = last_token_index(token_ids, pad)  # (B,)
-        with last_mlp_at(self.classifier, F.one_hot(last, token_ids.shape[1]).bool()):
-            hidden = self.classifier.base_model(**inputs).last_hidden_state  # (B, T, d)
+        at_last = F.one_hot(last_token_index(token_ids, pad), token_ids.shape[1]).bool()  # (B, T)
         # Detail 13 (other positions): only the output at EOS is trained and read. What the head says elsewhere is
         # mostly negative and means nothing, so it is not even computed.
-        at_eos = hidden[torch.arange(len(token_ids), device=token_ids.device), last]  # (B, d)
+        if (token_ids[:, 0] != pad).all():
+            at_last = at_last[token_ids != pad]  # (N,)
+            with last_mlp_at(self.classifier, at_last):
+                hidden = self.classifier.base_model(**packed_inputs(token_ids, pad)).last_hidden_state  # (1, N, d)
+            at_eos = hidden[0, at_last]  # (B, d)
+        else:
+            hidden = self.classifier.base_model(**model_inputs(token_ids, pad), use_cache=False).last_hidden_state
+            at_eos = hidden[at_last]  # (B, T, d) -> (B, d)
         return self.classifier.score(at_eos).squeeze(-1).float()  # (B,)
 
 
@@ -897,7 +949,7 @@ def train(args, accelerator: Accelerator, model, optimizer, pairs, pad: int, upd
         sums = torch.zeros(4, device=accelerator.device)  # loss, accuracy, chosen, rejected
         for mine in deal_micro_batches(rows, lengths, args.local_micro_batch_size, accelerator):
             batch = pairs[mine]
-            # Detail 10 (RM training): chosen and rejected go through ONE forward pass, right-padded to a common length.
+            # Detail 10 (RM training): chosen and rejected go through ONE forward pass.
             token_ids = pad_rows(list(batch["chosen"]) + list(batch["rejected"]), pad, "right", accelerator.device)
             with accelerator.accumulate(model):
                 chosen, rejected = model(token_ids).chunk(2)  # (B / 2,) each, in the order in which they went in
@@ -1054,8 +1106,7 @@ def load_evaluation(args, config, tokenizer, accelerator: Accelerator):
     """The TL;DR pairs, CNN/DM pairs (None if there are none) and posts of the evaluation split."""
     limits = post_limits(args)
     # News articles are long: whatever the flags say, a row longer than the model's positions is left out.
-    positions = getattr(config, "max_position_embeddings", None) or math.inf
-    longest = min(args.max_cnndm_query_response_length, positions)
+    longest = min(args.max_cnndm_query_response_length, max_positions(config))
     news_limits = (min(args.max_cnndm_query_length, longest), args.max_cnndm_response_length, longest)
     pairs = load_comparisons(args.label_dataset, args.eval_split, tokenizer, limits, accelerator)
     # Three places where CNN/DM rows may be: nowhere, in a split of their own, or among the others by their batch.

@@ -15,13 +15,15 @@ checkpoints/ and, with --run_eval, samples_<split>.csv. The same command with --
 
 Where it differs from the code of the paper (arXiv 2403.17031), on purpose
     1. Raw columns are read, formatted and tokenized here; nothing has to be preprocessed by another script.
-    2. Batches are padded to their longest row, not to 562 tokens: the same gradients for less work.
+    2. In a forward pass the rows of a batch stand one behind another, without padding (`packed_inputs`), instead of
+       562 tokens each: the same gradients for less work.
     3. The loss is a mean over the tokens of the whole global batch. The published code takes the mean of the means of
        micro-batches, so there a token's weight depends on how the batch happens to be cut.
     4. Position ids never count pads, so models with learned positions (GPT-2) are right as well.
 
 Tags such as "Detail 7" or "Detail S" lead to the table of details in the README.
-Letters in shape comments: B rows of a batch, T tokens of a padded row, Q query tokens, R response tokens, V vocabulary.
+Letters in shape comments: B rows of a batch, T tokens of a padded row, N tokens of a batch without padding, Q query
+tokens, R response tokens, V vocabulary, d hidden size.
 """
 
 import copy
@@ -57,8 +59,10 @@ from huggingface_hub import HfApi, ModelCardData
 from rouge_score.rouge_scorer import RougeScorer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import GenerationConfig
 
 
 @dataclass
@@ -415,12 +419,19 @@ def model_folder(path: str) -> str:
     return inside if os.path.exists(os.path.join(inside, "config.json")) else path
 
 
+# Families for which tests/test_speed.py shows that what `packed_inputs` and `last_mlp_at` leave out changes nothing. It
+# goes through this list: to train another family, add it, and run that test.
+FAMILIES = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")
+
+
 def load_config(path: str, flag: str, base_model: Optional[str] = None):
     """The config of a model folder or hub id (of --base_model where the folder has none), with dropout off."""
     if base_model and os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
         return load_config(base_model, "--base_model")  # weights and nothing else in the folder
     message = f"{flag} {path}: not a model folder, and not a model that the hub gives"
-    config = attempt(lambda: AutoConfig.from_pretrained(path), message)
+    config = attempt(lambda: AutoConfig.from_pretrained(path, attn_implementation="within_rows"), message)
+    if config.model_type not in FAMILIES:
+        fail(f"{flag} {path}: its family is {config.model_type}; tested are {', '.join(FAMILIES)} (see FAMILIES)")
     if base_model:
         base = load_config(base_model, "--base_model")
         for name in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads"):
@@ -436,9 +447,14 @@ def load_config(path: str, flag: str, base_model: Optional[str] = None):
     return config
 
 
+def max_positions(config):
+    """The tokens that a row may have: the model's positions, or the window of its attention if that is shorter."""
+    return min(getattr(config, name, None) or math.inf for name in ("max_position_embeddings", "sliding_window"))
+
+
 def check_positions(config, needed: int, flags: str):
     """Refuse lengths for which the model has no positions."""
-    positions = getattr(config, "max_position_embeddings", None) or math.inf
+    positions = max_positions(config)
     if needed > positions:
         fail(f"{flags}: {needed} positions are needed, but the model has only {positions}; lower the flags")
 
@@ -487,36 +503,70 @@ def model_inputs(token_ids: torch.Tensor, pad_token_id: int) -> dict:
     return dict(input_ids=input_ids, attention_mask=attention_mask.long(), position_ids=position_ids)
 
 
-def causal_inputs(token_ids: torch.Tensor, pad_token_id: int) -> dict:
-    """The same for a full pass over ids (B, T) padded on the RIGHT only, which needs neither mask nor positions."""
-    # Causal attention never sees what comes later. Told so by the missing mask, it computes the half below the diagonal
-    # only, and no (B, T, T) mask is made.
-    return dict(input_ids=token_ids.masked_fill(token_ids == pad_token_id, 0), use_cache=False)
+def attend_within_rows(module, query, key, value, attention_mask, row_lengths=None, **kwargs):
+    """
+    The attention that the models are loaded with (see `load_config`): queries, keys, values (1, heads, N, d_head) of
+    the rows of `packed_inputs` -> (1, N, heads, d_head), causal within each row. No token sees another row's. Without
+    row_lengths, that is in sampling, it is transformers' own.
+    """
+    attend = AttentionInterface()["sdpa"]
+    if row_lengths is None:
+        return attend(module, query, key, value, attention_mask, **kwargs)
+    rows = [tensor.split(row_lengths, dim=2) for tensor in (query, key, value)]  # (1, heads, T, d_head) each
+    if ONE_ROW_AT_A_TIME:
+        outputs = [attend(module, *row, None, **kwargs)[0][0] for row in zip(*rows)]  # (T, heads, d_head) each
+    else:
+        padded = [pad_sequence([row[0].transpose(0, 1) for row in part], True).transpose(1, 2) for part in rows]
+        outputs = attend(module, *padded, None, **kwargs)[0]  # (B, T, heads, d_head)
+        outputs = [output[:length] for output, length in zip(outputs, row_lengths)]
+    return torch.cat(outputs)[None], None
+
+
+def mask_for_sampling(attention_mask=None, **kwargs):
+    """transformers' mask (B, 1, queries, keys) where there is padding; none for the rows of `packed_inputs`."""
+    return None if attention_mask is None else AttentionMaskInterface()["sdpa"](attention_mask=attention_mask, **kwargs)
+
+
+AttentionInterface.register("within_rows", attend_within_rows)
+AttentionMaskInterface.register("within_rows", mask_for_sampling)
+# On a CPU, a row by itself needs no padding. On a GPU, it is too little work for a kernel: there, all rows at once.
+ONE_ROW_AT_A_TIME = not torch.cuda.is_available()
+
+
+def packed_inputs(token_ids: torch.Tensor, pad_token_id: int) -> dict:
+    """
+    What a model takes for one full pass over ids (B, T) padded on either side: their N tokens one behind another,
+    without the padding. The model gives (1, N, ...) for them, which is (B, T, ...)[token_ids != pad_token_id].
+
+    >>> packed_inputs(torch.tensor([[5, 6, 9], [7, 8, 4]]), pad_token_id=9)["position_ids"]
+    tensor([[0, 1, 0, 1, 2]])
+    """
+    # Rows differ in length. In small batches, a tenth of every matrix product would be work on padding.
+    is_token = token_ids != pad_token_id  # (B, T)
+    position_ids = (is_token.long().cumsum(1) - 1)[is_token]  # (N,)
+    inputs = dict(input_ids=token_ids[is_token][None], position_ids=position_ids[None])
+    return inputs | dict(row_lengths=is_token.sum(1).tolist(), use_cache=False)
 
 
 @contextmanager
 def last_mlp_at(model, keep: torch.Tensor):
-    """While in it, the MLP of the model's last layer computes only the positions where `keep` (B, T) is True."""
-    # An MLP, two thirds of a layer, works on each position by itself, and after the last one no position looks at
-    # another. So where nobody reads the output, nothing is lost: the other positions get 0 from it.
+    """In a pass over `packed_inputs`, let the last layer's MLP compute only the tokens where `keep` (N,) is True."""
+    # An MLP, two thirds of a layer, works on each token by itself, and after the last one no token looks at another. So
+    # where nobody reads the output, nothing is lost: the other tokens get 0 from it.
     model = getattr(model, "module", model)  # without the wrapper of DistributedDataParallel or DeepSpeed
-    layers = [module for module in model.base_model.children() if isinstance(module, torch.nn.ModuleList)]
-    # Only in families where it is tested that `mlp` takes the hidden states, nothing else, and returns as much. (With
-    # gradient checkpointing, a layer runs again in the backward pass, when the hooks would be gone.)
-    known = model.config.model_type in ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")
-    if not known or (layers[0][-1].training and getattr(layers[0][-1], "gradient_checkpointing", False)):
-        yield
+    layer = next(module for module in model.base_model.children() if isinstance(module, torch.nn.ModuleList))[-1]
+    if layer.training and getattr(layer, "gradient_checkpointing", False):
+        yield  # the layer will run again in the backward pass, when the hooks would be gone
         return
-    index, shape = keep.flatten().nonzero().squeeze(1), keep.shape  # (N,)
+    index = keep.nonzero().squeeze(1)  # (K,)
 
     def take(_, inputs):
-        return (inputs[0].flatten(0, 1)[None, index],)  # (B, T, d) -> (1, N, d)
+        return (inputs[0][:, index],)  # (1, N, d) -> (1, K, d)
 
     def put_back(_, inputs, output):
-        return output.new_zeros(keep.numel(), output.shape[-1]).index_copy(0, index, output[0]).view(*shape, -1)
+        return output.new_zeros(1, len(keep), output.shape[-1]).index_copy(1, index, output)
 
-    mlp = layers[0][-1].mlp
-    hooks = [mlp.register_forward_pre_hook(take), mlp.register_forward_hook(put_back)]
+    hooks = [layer.mlp.register_forward_pre_hook(take), layer.mlp.register_forward_hook(put_back)]
     try:
         yield
     finally:
@@ -525,10 +575,10 @@ def last_mlp_at(model, keep: torch.Tensor):
 
 
 def logits_at(model, head, inputs: dict, keep: torch.Tensor) -> torch.Tensor:
-    """The logits (N, V) of a language model, `head` its last layer, at the N positions where `keep` (B, T) is True."""
+    """The logits (K, V) of a language model, `head` its last layer, at the K tokens where `keep` (N,) is True."""
     # The model's own forward pass, in which a hook hands only those rows to the head. (Newer versions of transformers
     # take such a mask themselves; not all that the scripts run on.)
-    hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][keep],))  # (B, T, d) -> (N, d)
+    hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][0, keep],))  # (1, N, d) -> (K, d)
     try:
         with last_mlp_at(model, keep):
             return model(**inputs).logits
@@ -795,7 +845,7 @@ def summed_nll(args, accelerator: Accelerator, model, rows: dict, pad: int) -> t
     # The logits at a position predict the NEXT token. Where that is no target, they are not computed.
     before = targets.roll(-1, dims=1)  # (B, T); no first token is a target, so the last position is False
     head = accelerator.unwrap_model(model).get_output_embeddings()
-    logits = logits_at(model, head, causal_inputs(token_ids, pad), before)  # (N, V), N targets
+    logits = logits_at(model, head, packed_inputs(token_ids, pad), before[token_ids != pad])  # (K, V), K targets
     return -TokenLogprobs.apply(logits, token_ids[targets], 1.0)[0].sum()
 
 

@@ -370,6 +370,18 @@ def test_an_encoder_is_no_language_model(refused, base_models, tmp_path):
     assert "--sft_model_path" in refused("reward", {"--sft_model_path": tmp_path / "bert"})
 
 
+@pytest.mark.parametrize("name, flag", [("sft", "--base_model"), ("reward", "--sft_model_path")])
+def test_a_family_that_is_not_tested_and_a_window_that_is_too_short(refused, name, flag, base_models, tmp_path):
+    shutil.copytree(base_models["llama"], tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"model_type": "bloom"}))
+    line = refused(name, {flag: tmp_path / "model"})
+    assert flag in line and "its family is bloom; tested are gpt2, gpt_neox, llama" in line
+    config |= {"model_type": "mistral", "sliding_window": 20}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    assert "positions are needed, but the model has only 20" in refused(name, {flag: tmp_path / "model"})
+
+
 def test_tokenizers_of_policy_and_reward_model_differ(refused, reward_folder, base_models, tmp_path):
     shutil.copytree(reward_folder, tmp_path / "other")
     make_tokenizer(vocab_size=390).save_pretrained(tmp_path / "other")

@@ -4,7 +4,6 @@ against float64 and plain computations (more of those in test_models.py).
 """
 
 import os
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import make_config, make_posts, reset_accelerate
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AttentionInterface, AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 import ppo
 import reward
@@ -58,7 +57,7 @@ def count(modules):
 
 
 def watch(networks):
-    """Counts at the first layer of the four bodies (rows x tokens, padding included), and at the two heads."""
+    """Counts at the first layer of the four bodies (tokens, and padding if there were any), and at the two heads."""
     model, reference, reward_model = networks[:3]
     bodies = {"policy": model.policy.gpt_neox, "reference": reference.gpt_neox}
     bodies |= {"value": model.value_model.body, "reward": reward_model.body}
@@ -68,7 +67,7 @@ def watch(networks):
 
 
 def test_rollout_and_training_do_no_work_twice_or_in_vain(folders, monkeypatch):
-    """One forward pass per model and micro-batch, logits of valid response tokens only, little padding."""
+    """One forward pass per model and micro-batch, logits of valid response tokens only, no padding."""
     args, accelerator, networks, rows = prepare(folders)
     seen, before_scoring = watch(networks), {}
 
@@ -89,7 +88,7 @@ def test_rollout_and_training_do_no_work_twice_or_in_vain(folders, monkeypatch):
     for name in ("policy", "reference", "value", "reward"):
         scoring = seen[name][before_scoring[name] :]
         assert len(scoring) == 6, name  # one pass per micro-batch
-        assert tokens <= sum(scoring) < 1.15 * tokens, name
+        assert sum(scoring) == tokens, name
     for name in ("policy head", "reference head"):
         assert sum(seen[name][before_scoring[name] :]) == valid, name
 
@@ -99,14 +98,14 @@ def test_rollout_and_training_do_no_work_twice_or_in_vain(folders, monkeypatch):
     ppo.ppo_update(args, accelerator, networks[0], optimizer, batch, 0)
     for name in ("policy", "value"):
         assert len(seen[name]) == 4 * 6
-        assert 4 * tokens <= sum(seen[name]) < 4 * 1.15 * tokens
+        assert sum(seen[name]) == 4 * tokens
     assert sum(seen["policy head"]) == 4 * valid
     assert not any(seen[name] for name in ("reference", "reward", "reference head"))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_last_mlp_works_only_where_its_output_is_read(folders, checkpointing):
-    """One position per response token; with gradient checkpointing, whose second pass has no hooks, all of them."""
+    """One position per response token; with gradient checkpointing, whose second pass has no hooks, all tokens."""
     args, _, networks, rows = prepare(folders)
     tokenizer, model = networks[-1], networks[0].train(checkpointing)
     if checkpointing:
@@ -121,38 +120,47 @@ def test_last_mlp_works_only_where_its_output_is_read(folders, checkpointing):
     logprobs, _, values = model(queries, responses, 0.7)
     token_ids, before = ppo.join_rows(queries, responses, tokenizer.pad_token_id)
     ppo.reward_scores(networks[2], queries, responses, tokenizer.pad_token_id)
-    valid = (responses != tokenizer.pad_token_id).sum().item()
-    read = sum(len(set(row)) for row in before.tolist())  # some are read twice: rows that end at the width
-    expected = [token_ids.numel()] * 2 if checkpointing else [valid, read]
+    valid, tokens = [(ids != tokenizer.pad_token_id).sum() for ids in (responses, token_ids)]
+    is_token = (token_ids != tokenizer.pad_token_id).gather(1, before)  # values are asked for after the end, too
+    read = sum(len(set(row[real].tolist())) for row, real in zip(before, is_token))
+    expected = [tokens, tokens] if checkpointing else [valid, read]
     assert [seen["policy"][0], seen["value"][0], seen["reward"][0]] == [*expected, 24]
     assert [len(body.layers[-1].mlp._forward_hooks) for body in bodies.values()] == hooks  # none is left behind
     (logprobs.sum() + values.sum()).backward()  # would fail if a second pass made other tensors than the first
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-SMALL = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=8)
-SMALL |= dict(intermediate_size=32, vocab_size=60, bos_token_id=0, eos_token_id=0, pad_token_id=0)
-
-
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "bloom", "mixtral"])
-def test_last_mlp_changes_nothing_where_it_is_read(family):
-    """Outputs and gradients against the plain pass, in all families that it touches and in two that it must not."""
+@pytest.mark.parametrize("one_row_at_a_time", [False, True])
+@pytest.mark.parametrize("family", ppo.FAMILIES)
+def test_what_is_left_out_changes_nothing(family, one_row_at_a_time, monkeypatch):
+    """Outputs and gradients of packed rows in float64 against those of every row by itself, with plain attention."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **SMALL)
-    model, keep = AutoModel.from_config(config).eval(), torch.rand(3, 7) < 0.4
-    token_ids, seen, found = torch.randint(1, 60, (3, 7)), [], []
-    for restricted in (False, True):
-        model.zero_grad()
-        if restricted and family not in ("bloom", "mixtral"):
-            layers = next(module for module in model.children() if isinstance(module, torch.nn.ModuleList))
-            layers[-1].mlp.register_forward_hook(lambda _, inputs, output: seen.append(output.shape[1]))
-        with ppo.last_mlp_at(model, keep) if restricted else nullcontext():
-            hidden = model(input_ids=token_ids, use_cache=False).last_hidden_state
-        (hidden[keep] ** 2 * torch.arange(16)).sum().backward()
-        found.append([hidden[keep], *[parameter.grad for parameter in model.parameters()]])
-    for plain, other in zip(*found):
-        assert (plain is None and other is None) or torch.allclose(plain, other, rtol=1e-4, atol=1e-4)
-    assert seen == ([] if family in ("bloom", "mixtral") else [keep.sum()])
+    sizes = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=4)
+    sizes |= dict(intermediate_size=32, vocab_size=60, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    config = AutoConfig.for_model(family, initializer_range=0.3, **sizes)
+    plain = AutoModel.from_config(config, attn_implementation="eager").double().eval()
+    model = AutoModel.from_config(config, attn_implementation="within_rows").double().eval()
+    model.load_state_dict(plain.state_dict())
+    monkeypatch.setattr(ppo, "ONE_ROW_AT_A_TIME", one_row_at_a_time)
+    AttentionInterface.register("within_rows", ppo.attend_within_rows)  # the three scripts have the same one
+    token_ids = torch.randint(1, 60, (4, 9))  # 0 is the padding
+    token_ids[0, :4] = token_ids[2, 5:] = token_ids[3, 1:] = 0
+    is_token = token_ids != 0
+    keep = (torch.rand(4, 9) < 0.5)[is_token]
+    weights = torch.randn(len(keep), 16, dtype=torch.float64)
+    layers = next(module for module in model.children() if isinstance(module, torch.nn.ModuleList))
+    seen = count({"first": layers[0].mlp, "last": layers[-1].mlp})
+    with ppo.last_mlp_at(model, keep):
+        packed = model(**ppo.packed_inputs(token_ids, 0)).last_hidden_state[0]
+    alone = [plain(input_ids=row[real][None]).last_hidden_state[0] for row, real in zip(token_ids, is_token)]
+    assert seen == {"first": [len(keep)], "last": [keep.sum()]}
+    for outputs in (packed, torch.cat(alone)):
+        (outputs * weights)[keep].sum().backward()
+    assert torch.allclose(packed[keep], torch.cat(alone)[keep], rtol=1e-9, atol=1e-9)
+    for one, other in zip(model.parameters(), plain.parameters()):
+        assert torch.allclose(one.grad, other.grad, rtol=1e-9, atol=1e-9)
+    unmasked = model(token_ids[is_token][None], row_lengths=[len(keep)]).last_hidden_state[0]
+    assert not torch.allclose(unmasked[keep], packed[keep], atol=1e-3)  # that it can fail
 
 
 def test_evaluation_runs_the_reward_model_alone_over_references(folders):
@@ -248,7 +256,7 @@ def test_token_logprobs_keep_one_tensor_of_the_logits_size():
 
 
 @pytest.mark.parametrize("num_mini_batches", [1, 2])
-def test_first_ratios_are_exactly_1_in_bf16(folders, num_mini_batches):
+def test_first_ratios_are_exactly_1_in_bf16(folders, num_mini_batches, monkeypatch):
     """Detail P: rollout and first epoch make the same micro-batches, so that they round in the same way."""
     args, accelerator, networks, rows = prepare(folders, 24, bf16=True, num_ppo_epochs=1)
     args.num_mini_batches, args.gradient_accumulation_steps = num_mini_batches, 6 // num_mini_batches
@@ -258,8 +266,11 @@ def test_first_ratios_are_exactly_1_in_bf16(folders, num_mini_batches):
     model, optimizer = accelerator.prepare(networks[0], optimizer)
     networks = (model, *networks[1:])
     batch = ppo.compute_advantages(ppo.rollout(args, accelerator, networks, rows["query_tokens"], 24, 3), args)
-    others = [ppo.micro_batch_losses(args, model, batch, np.arange(24)[i::8])["ratio_dev"] for i in range(8)]
-    assert max(others).item() > 1e-3  # that it can fail: micro-batches of other rows
+    with monkeypatch.context() as patch:  # that it can fail: the same computation in another order
+        AttentionInterface.register("within_rows", ppo.attend_within_rows)
+        patch.setattr(ppo, "ONE_ROW_AT_A_TIME", False)
+        others = [ppo.micro_batch_losses(args, model, batch, np.arange(24)[i::8])["ratio_dev"] for i in range(8)]
+    assert max(others).item() > 1e-3
     assert ppo.ppo_update(args, accelerator, model, optimizer, batch, 3)["val/ratio_first_dev"] == 0.0
 
 
