@@ -166,13 +166,17 @@ def test_the_figures_of_the_growth_are_those_of_the_results():
 
 
 def test_the_figures_of_the_throughput_are_those_of_the_results():
-    (run,) = result("throughput")
+    run, *others = result("throughput")
     assert (run["shape"], run["precision"], run["batch"]) == ("160m", "bf16", 16)
+    assert [(one["shape"], one["precision"], one["batch"]) for one in others] == [("160m", "fp32", 16)] * 5
     fp32 = 16 / next(entry["median"]["ours"] for entry in result("peers") if entry["shape"] == "160m")
     text, seconds = " ".join(README.split()), run["seconds_per_update"]
     assert f"takes {seconds:.1f} s instead of {fp32:.1f} ({fp32 / seconds:.1f} times as fast" in text
     assert f"{run['utilisation']:.0%} of the best bf16 matrix product" in text
     assert f"peak memory {run['peak_memory_gib']:.1f} GiB" in text
+    low, _, median, _, high = sorted(one["utilisation"] for one in others)
+    seconds = sorted(one["seconds_per_update"] for one in others)[2]
+    assert f"it is {median:.0%} at the 160m shape ({low:.0%} to {high:.0%} in five runs, {seconds:.0f} s in the" in text
 
 
 def test_the_figures_of_the_worlds_for_scaling_are_those_of_the_results():
