@@ -34,8 +34,8 @@ Where it differs from the code of the paper (arXiv 2403.17031), on purpose
     5. While sampling, rows that have ended leave the batch. What they would have sampled is never read.
 
 Tags such as "Detail 23" or "Detail T" lead to the table of details in the README. Letters in shape comments: B rows,
-T tokens of a padded row, N tokens of all rows without padding, Q query tokens, R response tokens, V vocabulary, d the
-hidden size; they have nothing to do with the letters of details.
+T tokens of a padded row, N tokens of all rows without padding, K of them that are read, Q query tokens, R response
+tokens, V vocabulary, d hidden size; they have nothing to do with the letters of details.
 """
 
 import copy
@@ -90,7 +90,7 @@ class Args:
     resume: bool = False
     """go on with the run in --output_dir from its newest whole checkpoint; start afresh where there is none"""
     save_every: int = 100
-    """write a checkpoint every so many updates and after the last; 0 writes one only when the run is told to stop"""
+    """write a checkpoint every so many updates and after the last; 0 writes one only when training is told to stop"""
     keep: int = 2
     """how many checkpoints stay: the newest ones"""
     bf16: bool = False
@@ -257,6 +257,11 @@ def start_accelerator(args) -> Accelerator:
     if launched != precision:  # two switches that disagree would train in a precision that somebody did not ask for
         wanted = "pass --bf16" if launched == "bf16" else f"launch with --mixed_precision {precision}"
         fail(f"the launcher's mixed precision is {launched}, the script's is {precision} (--bf16): {wanted}")
+    accumulation = args.gradient_accumulation_steps
+    launched = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(accumulation))
+    if launched != str(accumulation):  # accelerate would follow the launcher, and step too often or too rarely
+        wanted = "they must agree, or the launcher's be left out"
+        fail(f"the launcher's gradient_accumulation_steps is {launched}, the script's is {accumulation}: {wanted}")
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available():
         PartialState(cpu=True)  # CPUs speak to each other through gloo; accelerate alone would not think of it
         if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
@@ -265,7 +270,6 @@ def start_accelerator(args) -> Accelerator:
             # An extension that would be compiled for minutes, behind a lock that a killed run leaves locked for ever.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # the others wait while one writes a large checkpoint
-    accumulation = args.gradient_accumulation_steps
     accelerator = Accelerator(
         gradient_accumulation_steps=accumulation, mixed_precision=precision, kwargs_handlers=[patience]
     )
@@ -438,8 +442,8 @@ def take_rows(num_rows: int, seed: int, start: int, stop: int) -> np.ndarray:
 
 def deal_micro_batches(rows: np.ndarray, lengths: np.ndarray, micro: int, accelerator: Accelerator) -> list[np.ndarray]:
     """Cut a global batch of row numbers into micro-batches of similar `lengths`; return those of this process."""
-    # The longest come first: if memory does not suffice, it shows in the first step. The order changes no gradient,
-    # since the loss is normalised over the whole global batch.
+    # Similar lengths: processes wait little for each other, and attention on a GPU pads little. The longest come first:
+    # there a lack of memory shows. The order changes no gradient: the loss is normalised over the whole global batch.
     by_length = rows[np.argsort(-lengths[rows], kind="stable")]
     first, step = accelerator.process_index * micro, accelerator.num_processes * micro
     return [by_length[start + first : start + first + micro] for start in range(0, len(rows), step)]
@@ -463,7 +467,7 @@ def model_folder(path: str) -> str:
 
 
 # Families for which tests/test_speed.py shows that what `packed_inputs` and `last_mlp_at` leave out changes nothing. It
-# goes through this list: to train another family, add it, and run that test.
+# goes through the list in ppo.py: to train another family, add it there and here, and run that test.
 FAMILIES = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")
 
 
@@ -491,7 +495,7 @@ def load_config(path: str, flag: str, base_model: Optional[str] = None):
 
 
 def max_positions(config):
-    """The tokens that a row may have: the model's positions, or the window of its attention if that is shorter."""
+    """The tokens that a row may have: the model's positions, or the window that `attend_within_rows` leaves out."""
     return min(getattr(config, name, None) or math.inf for name in ("max_position_embeddings", "sliding_window"))
 
 
@@ -550,29 +554,29 @@ def attend_within_rows(module, query, key, value, attention_mask, row_lengths=No
     """
     The attention that the models are loaded with (see `load_config`): queries, keys, values (1, heads, N, d_head) of
     the rows of `packed_inputs` -> (1, N, heads, d_head), causal within each row. No token sees another row's. Without
-    row_lengths, that is in sampling, it is transformers' own.
+    row_lengths, that is for inputs with an attention mask, it is transformers' own.
     """
     attend = AttentionInterface()["sdpa"]
     if row_lengths is None:
         return attend(module, query, key, value, attention_mask, **kwargs)
-    rows = [tensor.split(row_lengths, dim=2) for tensor in (query, key, value)]  # (1, heads, T, d_head) each
+    parts = [tensor.split(row_lengths, dim=2) for tensor in (query, key, value)]  # per row (1, heads, length, d_head)
     if ONE_ROW_AT_A_TIME:
-        outputs = [attend(module, *row, None, **kwargs)[0][0] for row in zip(*rows)]  # (T, heads, d_head) each
-    else:
-        padded = [pad_sequence([row[0].transpose(0, 1) for row in part], True).transpose(1, 2) for part in rows]
+        outputs = [attend(module, *row, None, **kwargs)[0][0] for row in zip(*parts)]  # per row (length, heads, d_head)
+    else:  # padded on the right, where no token looks
+        padded = [pad_sequence([row[0].transpose(0, 1) for row in part], True).transpose(1, 2) for part in parts]
         outputs = attend(module, *padded, None, **kwargs)[0]  # (B, T, heads, d_head)
         outputs = [output[:length] for output, length in zip(outputs, row_lengths)]
     return torch.cat(outputs)[None], None
 
 
-def mask_for_sampling(attention_mask=None, **kwargs):
-    """transformers' mask (B, 1, queries, keys) where there is padding; none for the rows of `packed_inputs`."""
+def mask_for_padding(attention_mask=None, **kwargs):
+    """transformers' mask (B, 1, queries, keys) of an attention mask (B, keys); none for the rows of `packed_inputs`."""
     return None if attention_mask is None else AttentionMaskInterface()["sdpa"](attention_mask=attention_mask, **kwargs)
 
 
 AttentionInterface.register("within_rows", attend_within_rows)
-AttentionMaskInterface.register("within_rows", mask_for_sampling)
-# On a CPU, a row by itself needs no padding. On a GPU, it is too little work for a kernel: there, all rows at once.
+AttentionMaskInterface.register("within_rows", mask_for_padding)
+# Without a GPU: a row by itself needs no padding. With one: that is too little work for a kernel, so all rows at once.
 ONE_ROW_AT_A_TIME = not torch.cuda.is_available()
 
 
@@ -584,7 +588,7 @@ def packed_inputs(token_ids: torch.Tensor, pad_token_id: int) -> dict:
     >>> packed_inputs(torch.tensor([[5, 6, 9], [7, 8, 4]]), pad_token_id=9)["position_ids"]
     tensor([[0, 1, 0, 1, 2]])
     """
-    # Rows differ in length. In small batches, a tenth of every matrix product would be work on padding.
+    # Rows differ in length: in micro-batches of 4 rows out of 16, a tenth of every matrix product would be padding.
     is_token = token_ids != pad_token_id  # (B, T)
     position_ids = (is_token.long().cumsum(1) - 1)[is_token]  # (N,)
     inputs = dict(input_ids=token_ids[is_token][None], position_ids=position_ids[None])
@@ -657,25 +661,19 @@ def last_mlp_at(model, keep: torch.Tensor):
             hook.remove()
 
 
-def logits_at(model, head, inputs: dict, keep: torch.Tensor) -> torch.Tensor:
-    """The logits (K, V) of a language model, `head` its last layer, at the K tokens where `keep` (N,) is True."""
-    # The model's own forward pass, in which a hook hands only those rows to the head. (Newer versions of transformers
-    # take such a mask themselves; not all that the scripts run on.)
-    hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][0, keep],))  # (1, N, d) -> (K, d)
-    try:
-        with last_mlp_at(model, keep):
-            return model(**inputs).logits
-    finally:
-        hook.remove()
+def logits_at(model, inputs: dict, keep: torch.Tensor) -> torch.Tensor:
+    """The logits (K, V) of a language model over `packed_inputs`, at the K tokens where `keep` (N,) is True."""
+    with last_mlp_at(model, keep):
+        return model(**inputs, logits_to_keep=keep).logits.squeeze(0)  # (1, K, V) -> (K, V)
 
 
 class TokenLogprobs(torch.autograd.Function):
     """
-    Logits (N, V), tokens (N,) -> the log-probability of each token under softmax(logits / divisor), and the entropy of
-    each distribution, in nats, without a gradient: (N,) each.
+    Logits (K, V), tokens (K,) -> the log-probability of each token under softmax(logits / divisor), and the entropy of
+    each distribution, in nats, without a gradient: (K,) each.
 
-    With plain functions, half a dozen tensors as large as the logits come to be. Here there is that one: it is
-    overwritten by the probabilities, which are all that the backward pass needs, and these there by the gradient.
+    With plain functions, half a dozen tensors as large as the logits come to be. Here their memory holds everything in
+    turn: the logits, after `forward` the probabilities, after `backward`, which can run only once, the gradient.
     """
 
     @staticmethod
@@ -695,7 +693,7 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: torch.Tensor, _):
         probabilities, tokens = ctx.saved_tensors
-        grad = (grad / ctx.divisor).to(probabilities.dtype)[:, None]  # (N, 1)
+        grad = (grad / ctx.divisor).to(probabilities.dtype)[:, None]  # (K, 1)
         # The gradient of log p(token) with respect to the logits: 1 at the token, minus p everywhere.
         return probabilities.mul_(-grad).scatter_add_(1, tokens[:, None], grad), None, None
 
@@ -727,8 +725,8 @@ def response_logprobs(policy, token_ids, before, responses: torch.Tensor, pad_to
     # The logits at a position predict the NEXT token. Those of the prompt, nine in ten, are never computed, nor those
     # of the padding.
     keep = torch.zeros_like(token_ids, dtype=torch.bool).scatter(1, before, valid)  # (B, T)
-    head, inputs = policy.get_output_embeddings(), packed_inputs(token_ids, pad_token_id)
-    logits = logits_at(policy, head, inputs, keep[token_ids != pad_token_id])  # (K, V), K valid tokens
+    inputs = packed_inputs(token_ids, pad_token_id)
+    logits = logits_at(policy, inputs, keep[token_ids != pad_token_id])  # (K, V), K valid tokens
     # Detail T (temperature): the logits are divided by the sampling temperature, for policy and reference, in rollout
     # and training. Without it the ratios would be those of a distribution that nothing was sampled from.
     results = TokenLogprobs.apply(logits, responses[valid], temperature + 1e-7)  # (N,) each
@@ -936,7 +934,7 @@ def generate(model, queries: torch.Tensor, response_length: int, temperature: fl
         # a sum over 50,000 probabilities would round the rare ones away.
         cdf = logits.double().softmax(-1).cumsum(-1)  # (A, V)
         token = torch.searchsorted(cdf, uniforms[alive, t, None] * cdf[:, -1:], right=True).squeeze(1)  # (A,)
-        token = token.clamp(max=logits.shape[1] - 1)  # NaN would give an id beyond; it is reported after the rollout
+        token = token.clamp(max=logits.shape[1] - 1)  # NaN would give an id beyond
         responses[alive, t] = token  # EOS itself is part of the response
         going_on = (token != eos).nonzero().squeeze(1)  # positions within the alive rows
         if len(going_on) == 0:

@@ -8,7 +8,7 @@ higher (Bradley-Terry). In the end the scores are shifted so that a human-writte
 How to run
     accelerate launch --config_file benchmark/accelerate/deepspeed_zero2.yaml reward.py --bf16   # the paper's, 8 GPUs
     python reward.py --sft_model_path FOLDER --label_dataset FOLDER --query_dataset FOLDER     # local folders
-    python reward.py --sft_model_path FOLDER --reward_model_path FOLDER --total_episodes 0 --run_eval   # only evaluate
+    python reward.py --reward_model_path FOLDER --total_episodes 0 --run_eval --output_dir NEW   # only evaluate
 It writes, in --output_dir: model/ (a sequence classifier with one label: safetensors, config, tokenizer),
 metrics.jsonl, args.json, summary.json, checkpoints/ and, with --run_eval, pairs_<split>.csv, eval_<split>.json and
 eval_<split>.png. The same command with --resume goes on after an interruption.
@@ -22,7 +22,8 @@ Where it differs from the code of the paper (arXiv 2403.17031), on purpose
     4. A folder of reward.py is complete in itself; the SFT folder is not needed to load it.
 
 Tags such as "Detail 11" lead to the table of details in the README. Letters in shape comments: B rows (2 per pair, the
-chosen ones first), T tokens of a padded row, N tokens of a batch without padding, d hidden size.
+chosen ones first), T tokens of a padded row, N tokens of a batch without padding,
+K of them that are read, d hidden size.
 """
 
 import copy
@@ -78,7 +79,7 @@ class Args:
     resume: bool = False
     """go on with the run in --output_dir from its newest whole checkpoint; start afresh where there is none"""
     save_every: int = 100
-    """write a checkpoint every so many updates and after the last; 0 writes one only when the run is told to stop"""
+    """write a checkpoint every so many updates and after the last; 0 writes one only when training is told to stop"""
     keep: int = 2
     """how many checkpoints stay: the newest ones"""
     bf16: bool = False
@@ -223,6 +224,11 @@ def start_accelerator(args) -> Accelerator:
     if launched != precision:  # two switches that disagree would train in a precision that somebody did not ask for
         wanted = "pass --bf16" if launched == "bf16" else f"launch with --mixed_precision {precision}"
         fail(f"the launcher's mixed precision is {launched}, the script's is {precision} (--bf16): {wanted}")
+    accumulation = args.gradient_accumulation_steps
+    launched = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(accumulation))
+    if launched != str(accumulation):  # accelerate would follow the launcher, and step too often or too rarely
+        wanted = "they must agree, or the launcher's be left out"
+        fail(f"the launcher's gradient_accumulation_steps is {launched}, the script's is {accumulation}: {wanted}")
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available():
         PartialState(cpu=True)  # CPUs speak to each other through gloo; accelerate alone would not think of it
         if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
@@ -231,7 +237,6 @@ def start_accelerator(args) -> Accelerator:
             # An extension that would be compiled for minutes, behind a lock that a killed run leaves locked for ever.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # the others wait while one writes a large checkpoint
-    accumulation = args.gradient_accumulation_steps
     accelerator = Accelerator(
         gradient_accumulation_steps=accumulation, mixed_precision=precision, kwargs_handlers=[patience]
     )
@@ -493,8 +498,8 @@ def take_rows(num_rows: int, seed: int, start: int, stop: int) -> np.ndarray:
 
 def deal_micro_batches(rows: np.ndarray, lengths: np.ndarray, micro: int, accelerator: Accelerator) -> list[np.ndarray]:
     """Cut a global batch of row numbers into micro-batches of similar `lengths`; return those of this process."""
-    # The longest come first: if memory does not suffice, it shows in the first step. The order changes no gradient,
-    # since the loss is normalised over the whole global batch.
+    # Similar lengths: processes wait little for each other, and attention on a GPU pads little. The longest come first:
+    # there a lack of memory shows. The order changes no gradient: the loss is normalised over the whole global batch.
     by_length = rows[np.argsort(-lengths[rows], kind="stable")]
     first, step = accelerator.process_index * micro, accelerator.num_processes * micro
     return [by_length[start + first : start + first + micro] for start in range(0, len(rows), step)]
@@ -518,7 +523,7 @@ def model_folder(path: str) -> str:
 
 
 # Families for which tests/test_speed.py shows that what `packed_inputs` and `last_mlp_at` leave out changes nothing. It
-# goes through this list: to train another family, add it, and run that test.
+# goes through the list in ppo.py: to train another family, add it there and here, and run that test.
 FAMILIES = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")
 
 
@@ -546,7 +551,7 @@ def load_config(path: str, flag: str, base_model: Optional[str] = None):
 
 
 def max_positions(config):
-    """The tokens that a row may have: the model's positions, or the window of its attention if that is shorter."""
+    """The tokens that a row may have: the model's positions, or the window that `attend_within_rows` leaves out."""
     return min(getattr(config, name, None) or math.inf for name in ("max_position_embeddings", "sliding_window"))
 
 
@@ -588,29 +593,29 @@ def attend_within_rows(module, query, key, value, attention_mask, row_lengths=No
     """
     The attention that the models are loaded with (see `load_config`): queries, keys, values (1, heads, N, d_head) of
     the rows of `packed_inputs` -> (1, N, heads, d_head), causal within each row. No token sees another row's. Without
-    row_lengths, that is in sampling, it is transformers' own.
+    row_lengths, that is for inputs with an attention mask, it is transformers' own.
     """
     attend = AttentionInterface()["sdpa"]
     if row_lengths is None:
         return attend(module, query, key, value, attention_mask, **kwargs)
-    rows = [tensor.split(row_lengths, dim=2) for tensor in (query, key, value)]  # (1, heads, T, d_head) each
+    parts = [tensor.split(row_lengths, dim=2) for tensor in (query, key, value)]  # per row (1, heads, length, d_head)
     if ONE_ROW_AT_A_TIME:
-        outputs = [attend(module, *row, None, **kwargs)[0][0] for row in zip(*rows)]  # (T, heads, d_head) each
-    else:
-        padded = [pad_sequence([row[0].transpose(0, 1) for row in part], True).transpose(1, 2) for part in rows]
+        outputs = [attend(module, *row, None, **kwargs)[0][0] for row in zip(*parts)]  # per row (length, heads, d_head)
+    else:  # padded on the right, where no token looks
+        padded = [pad_sequence([row[0].transpose(0, 1) for row in part], True).transpose(1, 2) for part in parts]
         outputs = attend(module, *padded, None, **kwargs)[0]  # (B, T, heads, d_head)
         outputs = [output[:length] for output, length in zip(outputs, row_lengths)]
     return torch.cat(outputs)[None], None
 
 
-def mask_for_sampling(attention_mask=None, **kwargs):
-    """transformers' mask (B, 1, queries, keys) where there is padding; none for the rows of `packed_inputs`."""
+def mask_for_padding(attention_mask=None, **kwargs):
+    """transformers' mask (B, 1, queries, keys) of an attention mask (B, keys); none for the rows of `packed_inputs`."""
     return None if attention_mask is None else AttentionMaskInterface()["sdpa"](attention_mask=attention_mask, **kwargs)
 
 
 AttentionInterface.register("within_rows", attend_within_rows)
-AttentionMaskInterface.register("within_rows", mask_for_sampling)
-# On a CPU, a row by itself needs no padding. On a GPU, it is too little work for a kernel: there, all rows at once.
+AttentionMaskInterface.register("within_rows", mask_for_padding)
+# Without a GPU: a row by itself needs no padding. With one: that is too little work for a kernel, so all rows at once.
 ONE_ROW_AT_A_TIME = not torch.cuda.is_available()
 
 
@@ -622,7 +627,7 @@ def packed_inputs(token_ids: torch.Tensor, pad_token_id: int) -> dict:
     >>> packed_inputs(torch.tensor([[5, 6, 9], [7, 8, 4]]), pad_token_id=9)["position_ids"]
     tensor([[0, 1, 0, 1, 2]])
     """
-    # Rows differ in length. In small batches, a tenth of every matrix product would be work on padding.
+    # Rows differ in length: in micro-batches of 4 rows out of 16, a tenth of every matrix product would be padding.
     is_token = token_ids != pad_token_id  # (B, T)
     position_ids = (is_token.long().cumsum(1) - 1)[is_token]  # (N,)
     inputs = dict(input_ids=token_ids[is_token][None], position_ids=position_ids[None])
@@ -692,16 +697,15 @@ class RewardModel(nn.Module):
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         pad = self.classifier.config.pad_token_id
-        # Left padding occurs only where scores under it are asked for: it costs an attention mask.
-        at_last = F.one_hot(last_token_index(token_ids, pad), token_ids.shape[1]).bool()  # (B, T)
         # Detail 13 (other positions): only the output at EOS is trained and read. What the head says elsewhere is
         # mostly negative and means nothing, so it is not even computed.
+        at_last = F.one_hot(last_token_index(token_ids, pad), token_ids.shape[1]).bool()  # (B, T)
         if (token_ids[:, 0] != pad).all():
             at_last = at_last[token_ids != pad]  # (N,)
             with last_mlp_at(self.classifier, at_last):
                 hidden = self.classifier.base_model(**packed_inputs(token_ids, pad)).last_hidden_state  # (1, N, d)
             at_eos = hidden[0, at_last]  # (B, d)
-        else:
+        else:  # left padding, which only the evaluation makes (Detail 14): here it stays, under an attention mask
             hidden = self.classifier.base_model(**model_inputs(token_ids, pad), use_cache=False).last_hidden_state
             at_eos = hidden[at_last]  # (B, T, d) -> (B, d)
         return self.classifier.score(at_eos).squeeze(-1).float()  # (B,)
@@ -742,7 +746,7 @@ def cosine_factor(update: int, num_updates: int, warm_up_steps: int) -> float:
 
 
 def pairwise_losses(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-    """Bradley-Terry: -log of the probability sigmoid(chosen - rejected) of the human choice, per pair. (B,) each."""
+    """Bradley-Terry: -log of the probability sigmoid(chosen - rejected) of the human choice. (B / 2,) each."""
     return -F.logsigmoid(chosen - rejected)  # not log(sigmoid()), which underflows for large differences
 
 
@@ -935,8 +939,7 @@ def train(args, accelerator: Accelerator, model, optimizer, pairs, pad: int, upd
     """The training loop: each update is one optimizer step over one global batch of pairs, and one line of metrics."""
     started, num_updates = time.time(), updates.stop
     batch_size = args.local_micro_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    # A pair is as long as the longer of its two rows.
-    lengths = np.array([max(len(c), len(r)) for c, r in zip(pairs["chosen"], pairs["rejected"])])
+    lengths = np.array([len(c) + len(r) for c, r in zip(pairs["chosen"], pairs["rejected"])])  # of pairs, in tokens
     model.train()
     bar = dict(initial=updates.start, total=num_updates, disable=not accelerator.is_main_process, mininterval=2)
     for update in tqdm(updates, desc="RM", **bar):
@@ -986,7 +989,7 @@ def raw_scores(args, accelerator: Accelerator, model, token_rows: list, pad: int
     """
     n, size = accelerator.num_processes, args.local_eval_batch_size
     mine = token_rows[accelerator.process_index :: n]
-    order = np.argsort([-len(ids) for ids in mine], kind="stable")  # similar lengths together: little padding
+    order = np.argsort([-len(ids) for ids in mine], kind="stable")  # similar lengths together
     # float64, so that means over many rows do not depend on the order of summation in float32.
     scores = np.zeros(len(mine))
     model.eval()
@@ -1117,6 +1120,8 @@ def load_evaluation(args, config, tokenizer, accelerator: Accelerator):
     elif is_news.any():  # OpenAI's own files mix both kinds
         everything = load_comparisons(args.label_dataset, args.eval_split, tokenizer, news_limits, accelerator)
         cnndm = everything.select(np.flatnonzero(np.isin(everything["batch"][:], CNNDM_BATCHES)))
+    if is_news.all():
+        fail(f"--label_dataset {args.label_dataset}: split {args.eval_split} has no TL;DR pair that can be used")
     posts = load_posts(args.query_dataset, args.eval_split, tokenizer, post_limits(args), accelerator)
     return pairs.select(np.flatnonzero(~is_news)) if is_news.any() else pairs, cnndm, posts
 

@@ -8,7 +8,7 @@ is the policy that PPO starts from, the reference policy of PPO's KL penalty, an
 How to run
     accelerate launch --config_file benchmark/accelerate/deepspeed_zero2.yaml sft.py --bf16     # the paper's, 8 GPUs
     python sft.py --base_model FOLDER --query_dataset FOLDER          # local folders, one process, CPU or GPU
-    python sft.py --base_model FOLDER --total_episodes 0 --run_eval   # only evaluate
+    python sft.py --base_model FOLDER --total_episodes 0 --run_eval --output_dir NEW   # only evaluate
 
 What it writes, in --output_dir: model/ (safetensors, config, tokenizer), metrics.jsonl, args.json, summary.json,
 checkpoints/ and, with --run_eval, samples_<split>.csv. The same command with --resume goes on after an interruption.
@@ -22,8 +22,8 @@ Where it differs from the code of the paper (arXiv 2403.17031), on purpose
     4. Position ids never count pads, so models with learned positions (GPT-2) are right as well.
 
 Tags such as "Detail 7" or "Detail S" lead to the table of details in the README.
-Letters in shape comments: B rows of a batch, T tokens of a padded row, N tokens of a batch without padding, Q query
-tokens, R response tokens, V vocabulary, d hidden size.
+Letters in shape comments: B rows of a batch, T tokens of a padded row, N tokens of a batch without padding, K of them
+that are read, Q query tokens, R response tokens, V vocabulary, d hidden size.
 """
 
 import copy
@@ -77,7 +77,7 @@ class Args:
     resume: bool = False
     """go on with the run in --output_dir from its newest whole checkpoint; start afresh where there is none"""
     save_every: int = 100
-    """write a checkpoint every so many updates and after the last; 0 writes one only when the run is told to stop"""
+    """write a checkpoint every so many updates and after the last; 0 writes one only when training is told to stop"""
     keep: int = 2
     """how many checkpoints stay: the newest ones"""
     bf16: bool = False
@@ -129,7 +129,7 @@ class Args:
     """sampling temperature in the evaluation"""
     # ---- Tracking and sharing ----
     print_samples_every: int = 100
-    """show what the model writes for a validation post every so many updates; 0 never does"""
+    """show what the model writes for a post of --eval_split every so many updates; 0 never does"""
     track: bool = False
     """also log to Weights & Biases (WANDB_MODE=offline works)"""
     wandb_project_name: str = "tldr_summarize"
@@ -214,6 +214,11 @@ def start_accelerator(args) -> Accelerator:
     if launched != precision:  # two switches that disagree would train in a precision that somebody did not ask for
         wanted = "pass --bf16" if launched == "bf16" else f"launch with --mixed_precision {precision}"
         fail(f"the launcher's mixed precision is {launched}, the script's is {precision} (--bf16): {wanted}")
+    accumulation = args.gradient_accumulation_steps
+    launched = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(accumulation))
+    if launched != str(accumulation):  # accelerate would follow the launcher, and step too often or too rarely
+        wanted = "they must agree, or the launcher's be left out"
+        fail(f"the launcher's gradient_accumulation_steps is {launched}, the script's is {accumulation}: {wanted}")
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available():
         PartialState(cpu=True)  # CPUs speak to each other through gloo; accelerate alone would not think of it
         if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
@@ -222,7 +227,6 @@ def start_accelerator(args) -> Accelerator:
             # An extension that would be compiled for minutes, behind a lock that a killed run leaves locked for ever.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # the others wait while one writes a large checkpoint
-    accumulation = args.gradient_accumulation_steps
     accelerator = Accelerator(
         gradient_accumulation_steps=accumulation, mixed_precision=precision, kwargs_handlers=[patience]
     )
@@ -395,8 +399,8 @@ def take_rows(num_rows: int, seed: int, start: int, stop: int) -> np.ndarray:
 
 def deal_micro_batches(rows: np.ndarray, lengths: np.ndarray, micro: int, accelerator: Accelerator) -> list[np.ndarray]:
     """Cut a global batch of row numbers into micro-batches of similar `lengths`; return those of this process."""
-    # The longest come first: if memory does not suffice, it shows in the first step. The order changes no gradient,
-    # since the loss is normalised over the whole global batch.
+    # Similar lengths: processes wait little for each other, and attention on a GPU pads little. The longest come first:
+    # there a lack of memory shows. The order changes no gradient: the loss is normalised over the whole global batch.
     by_length = rows[np.argsort(-lengths[rows], kind="stable")]
     first, step = accelerator.process_index * micro, accelerator.num_processes * micro
     return [by_length[start + first : start + first + micro] for start in range(0, len(rows), step)]
@@ -420,7 +424,7 @@ def model_folder(path: str) -> str:
 
 
 # Families for which tests/test_speed.py shows that what `packed_inputs` and `last_mlp_at` leave out changes nothing. It
-# goes through this list: to train another family, add it, and run that test.
+# goes through the list in ppo.py: to train another family, add it there and here, and run that test.
 FAMILIES = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")
 
 
@@ -448,7 +452,7 @@ def load_config(path: str, flag: str, base_model: Optional[str] = None):
 
 
 def max_positions(config):
-    """The tokens that a row may have: the model's positions, or the window of its attention if that is shorter."""
+    """The tokens that a row may have: the model's positions, or the window that `attend_within_rows` leaves out."""
     return min(getattr(config, name, None) or math.inf for name in ("max_position_embeddings", "sliding_window"))
 
 
@@ -507,29 +511,29 @@ def attend_within_rows(module, query, key, value, attention_mask, row_lengths=No
     """
     The attention that the models are loaded with (see `load_config`): queries, keys, values (1, heads, N, d_head) of
     the rows of `packed_inputs` -> (1, N, heads, d_head), causal within each row. No token sees another row's. Without
-    row_lengths, that is in sampling, it is transformers' own.
+    row_lengths, that is for inputs with an attention mask, it is transformers' own.
     """
     attend = AttentionInterface()["sdpa"]
     if row_lengths is None:
         return attend(module, query, key, value, attention_mask, **kwargs)
-    rows = [tensor.split(row_lengths, dim=2) for tensor in (query, key, value)]  # (1, heads, T, d_head) each
+    parts = [tensor.split(row_lengths, dim=2) for tensor in (query, key, value)]  # per row (1, heads, length, d_head)
     if ONE_ROW_AT_A_TIME:
-        outputs = [attend(module, *row, None, **kwargs)[0][0] for row in zip(*rows)]  # (T, heads, d_head) each
-    else:
-        padded = [pad_sequence([row[0].transpose(0, 1) for row in part], True).transpose(1, 2) for part in rows]
+        outputs = [attend(module, *row, None, **kwargs)[0][0] for row in zip(*parts)]  # per row (length, heads, d_head)
+    else:  # padded on the right, where no token looks
+        padded = [pad_sequence([row[0].transpose(0, 1) for row in part], True).transpose(1, 2) for part in parts]
         outputs = attend(module, *padded, None, **kwargs)[0]  # (B, T, heads, d_head)
         outputs = [output[:length] for output, length in zip(outputs, row_lengths)]
     return torch.cat(outputs)[None], None
 
 
-def mask_for_sampling(attention_mask=None, **kwargs):
-    """transformers' mask (B, 1, queries, keys) where there is padding; none for the rows of `packed_inputs`."""
+def mask_for_padding(attention_mask=None, **kwargs):
+    """transformers' mask (B, 1, queries, keys) of an attention mask (B, keys); none for the rows of `packed_inputs`."""
     return None if attention_mask is None else AttentionMaskInterface()["sdpa"](attention_mask=attention_mask, **kwargs)
 
 
 AttentionInterface.register("within_rows", attend_within_rows)
-AttentionMaskInterface.register("within_rows", mask_for_sampling)
-# On a CPU, a row by itself needs no padding. On a GPU, it is too little work for a kernel: there, all rows at once.
+AttentionMaskInterface.register("within_rows", mask_for_padding)
+# Without a GPU: a row by itself needs no padding. With one: that is too little work for a kernel, so all rows at once.
 ONE_ROW_AT_A_TIME = not torch.cuda.is_available()
 
 
@@ -541,7 +545,7 @@ def packed_inputs(token_ids: torch.Tensor, pad_token_id: int) -> dict:
     >>> packed_inputs(torch.tensor([[5, 6, 9], [7, 8, 4]]), pad_token_id=9)["position_ids"]
     tensor([[0, 1, 0, 1, 2]])
     """
-    # Rows differ in length. In small batches, a tenth of every matrix product would be work on padding.
+    # Rows differ in length: in micro-batches of 4 rows out of 16, a tenth of every matrix product would be padding.
     is_token = token_ids != pad_token_id  # (B, T)
     position_ids = (is_token.long().cumsum(1) - 1)[is_token]  # (N,)
     inputs = dict(input_ids=token_ids[is_token][None], position_ids=position_ids[None])
@@ -574,25 +578,19 @@ def last_mlp_at(model, keep: torch.Tensor):
             hook.remove()
 
 
-def logits_at(model, head, inputs: dict, keep: torch.Tensor) -> torch.Tensor:
-    """The logits (K, V) of a language model, `head` its last layer, at the K tokens where `keep` (N,) is True."""
-    # The model's own forward pass, in which a hook hands only those rows to the head. (Newer versions of transformers
-    # take such a mask themselves; not all that the scripts run on.)
-    hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][0, keep],))  # (1, N, d) -> (K, d)
-    try:
-        with last_mlp_at(model, keep):
-            return model(**inputs).logits
-    finally:
-        hook.remove()
+def logits_at(model, inputs: dict, keep: torch.Tensor) -> torch.Tensor:
+    """The logits (K, V) of a language model over `packed_inputs`, at the K tokens where `keep` (N,) is True."""
+    with last_mlp_at(model, keep):
+        return model(**inputs, logits_to_keep=keep).logits.squeeze(0)  # (1, K, V) -> (K, V)
 
 
 class TokenLogprobs(torch.autograd.Function):
     """
-    Logits (N, V), tokens (N,) -> the log-probability of each token under softmax(logits / divisor), and the entropy of
-    each distribution, in nats, without a gradient: (N,) each.
+    Logits (K, V), tokens (K,) -> the log-probability of each token under softmax(logits / divisor), and the entropy of
+    each distribution, in nats, without a gradient: (K,) each.
 
-    With plain functions, half a dozen tensors as large as the logits come to be. Here there is that one: it is
-    overwritten by the probabilities, which are all that the backward pass needs, and these there by the gradient.
+    With plain functions, half a dozen tensors as large as the logits come to be. Here their memory holds everything in
+    turn: the logits, after `forward` the probabilities, after `backward`, which can run only once, the gradient.
     """
 
     @staticmethod
@@ -612,7 +610,7 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: torch.Tensor, _):
         probabilities, tokens = ctx.saved_tensors
-        grad = (grad / ctx.divisor).to(probabilities.dtype)[:, None]  # (N, 1)
+        grad = (grad / ctx.divisor).to(probabilities.dtype)[:, None]  # (K, 1)
         # The gradient of log p(token) with respect to the logits: 1 at the token, minus p everywhere.
         return probabilities.mul_(-grad).scatter_add_(1, tokens[:, None], grad), None, None
 
@@ -685,7 +683,7 @@ def generate(model, queries: torch.Tensor, response_length: int, temperature: fl
         # a sum over 50,000 probabilities would round the rare ones away.
         cdf = logits.double().softmax(-1).cumsum(-1)  # (A, V)
         token = torch.searchsorted(cdf, uniforms[alive, t, None] * cdf[:, -1:], right=True).squeeze(1)  # (A,)
-        token = token.clamp(max=logits.shape[1] - 1)  # NaN would give an id beyond; it is reported after the rollout
+        token = token.clamp(max=logits.shape[1] - 1)  # NaN would give an id beyond
         responses[alive, t] = token  # EOS itself is part of the response
         going_on = (token != eos).nonzero().squeeze(1)  # positions within the alive rows
         if len(going_on) == 0:
@@ -844,12 +842,11 @@ def summed_nll(args, accelerator: Accelerator, model, rows: dict, pad: int) -> t
     targets = target_mask(token_ids, query_lengths, pad, args.response_loss_only)  # (B, T)
     # The logits at a position predict the NEXT token. Where that is no target, they are not computed.
     before = targets.roll(-1, dims=1)  # (B, T); no first token is a target, so the last position is False
-    head = accelerator.unwrap_model(model).get_output_embeddings()
-    logits = logits_at(model, head, packed_inputs(token_ids, pad), before[token_ids != pad])  # (K, V), K targets
+    logits = logits_at(model, packed_inputs(token_ids, pad), before[token_ids != pad])  # (K, V), K targets
     return -TokenLogprobs.apply(logits, token_ids[targets], 1.0)[0].sum()
 
 
-def count_targets(rows: dict, response_only: bool) -> np.ndarray:
+def count_targets(rows, response_only: bool) -> np.ndarray:
     """How many target tokens each row has: all but the first, or those of the response."""
     return np.array([len(t) - (len(q) if response_only else 1) for t, q in zip(rows["tokens"], rows["query_tokens"])])
 
@@ -870,8 +867,9 @@ def train(args, accelerator: Accelerator, model, spare, optimizer, posts, eval_p
     """The training loop: each update is one optimizer step over one global batch, and one line of metrics."""
     started, pad, num_updates = time.time(), tokenizer.pad_token_id, updates.stop
     batch_size = args.local_micro_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    lengths = np.array([len(ids) for ids in posts["tokens"]])  # of every row, known to all processes,
-    targets = count_targets(posts[:], args.response_loss_only)  # like these
+    # Of every row, known to all processes:
+    lengths = np.array([len(ids) for ids in posts["tokens"]])
+    targets = count_targets(posts, args.response_loss_only)
     bar = dict(initial=updates.start, total=num_updates, disable=not accelerator.is_main_process, mininterval=2)
     for update in tqdm(updates, desc="SFT", **bar):
         model.train()  # with dropout gone (Detail 7), it computes the same as in eval mode
@@ -906,16 +904,15 @@ def train(args, accelerator: Accelerator, model, spare, optimizer, posts, eval_p
         if args.print_samples_every and (update + 1) % args.print_samples_every == 0:
             plain = whole_model(model, spare, accelerator)  # all processes
             if accelerator.is_main_process:
-                samples = sample_rows(args, accelerator, plain, eval_posts[:1], tokenizer)
+                generator = torch.Generator(accelerator.device).manual_seed(args.seed)
+                samples = sample_rows(args, accelerator, plain, eval_posts[:1], tokenizer, generator)
                 show_samples(samples, f"after update {update + 1}")
         save_or_stop(args, accelerator, model, optimizer, update + 1, num_updates, 1, stop)
 
 
-def sample_rows(args, accelerator: Accelerator, model, rows: dict, tokenizer) -> list[dict]:
+def sample_rows(args, accelerator: Accelerator, model, rows: dict, tokenizer, generator) -> list[dict]:
     """A response to each of some rows: a list of dicts with id, query, response, reference, and tokens (its length)."""
     queries = pad_rows(rows["query_tokens"], tokenizer.pad_token_id, "left", accelerator.device)  # (B, Q)
-    # Every process samples with a seed of its own (while all share the order of the data, Detail S).
-    generator = torch.Generator(accelerator.device).manual_seed(args.seed + 100003 * accelerator.process_index)
     model.eval()  # in training mode, gradient checkpointing would switch the KV cache off
     with accelerator.autocast():
         responses = generate(model, queries, args.response_length, args.eval_temperature, tokenizer, generator)
@@ -933,12 +930,14 @@ def evaluate(args, accelerator: Accelerator, model, posts, tokenizer) -> dict:
     # Every row is counted once, whatever the number of processes: process i takes rows i, i + n, i + 2n, ...
     n, size = accelerator.num_processes, args.local_eval_batch_size
     mine = posts.select(range(accelerator.process_index, len(posts), n))
+    # Every process samples with a seed of its own (while all share the order of the data, Detail S).
+    generator = torch.Generator(accelerator.device).manual_seed(args.seed + 100003 * accelerator.process_index)
     nll_sum, samples = 0.0, []
     for start in tqdm(range(0, len(mine), size), desc="evaluation", disable=not accelerator.is_main_process):
         rows = mine[start : start + size]
         with accelerator.autocast():
             nll_sum += summed_nll(args, accelerator, model.eval(), rows, tokenizer.pad_token_id).item()
-        samples += sample_rows(args, accelerator, model, rows, tokenizer)
+        samples += sample_rows(args, accelerator, model, rows, tokenizer, generator)
     # One entry per process: sums of the loss, and lists of samples.
     nll_sums, samples = gather_object([nll_sum]), gather_object([samples])
     if not accelerator.is_main_process:
@@ -952,7 +951,7 @@ def evaluate(args, accelerator: Accelerator, model, posts, tokenizer) -> dict:
     scorer = RougeScorer(kinds, use_stemmer=True)
     scores = [scorer.score(reference, text) for reference, text in zip(samples.reference, samples.response)]
     results = {"eval/rows": len(samples), "eval/response_length": float(samples.tokens.mean())}
-    results["eval/loss"] = sum(nll_sums) / int(count_targets(posts[:], args.response_loss_only).sum())
+    results["eval/loss"] = sum(nll_sums) / int(count_targets(posts, args.response_loss_only).sum())
     return results | {f"eval/{kind}": float(np.mean([score[kind].fmeasure for score in scores])) for kind in kinds}
 
 

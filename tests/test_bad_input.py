@@ -183,6 +183,13 @@ def test_precision_must_agree_with_the_launcher(refused, name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", MODULES)
+def test_accumulation_must_agree_with_the_launcher(refused, name, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
+    line = refused(name, {"--gradient_accumulation_steps": 2})
+    assert "the launcher's gradient_accumulation_steps is 3, the script's is 2" in line
+
+
+@pytest.mark.parametrize("name", MODULES)
 def test_an_upload_needs_a_repository(refused, name):
     assert "--hf_repo_id" in refused(name, {}, "--push_to_hub")
 

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import make_config, make_posts, reset_accelerate
+from datasets import Dataset
 from transformers import AttentionInterface, AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 import ppo
@@ -196,6 +197,19 @@ def test_sft_computes_the_logits_of_targets_only(folders, accelerator, response_
         logs = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
         expected -= sum(logs[t - 1, ids[t]].item() for t in range(len(query) if response_only else 1, len(ids)))
     assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_evaluation_draws_new_random_numbers_for_every_batch(folders, accelerator, tmp_path):
+    """Five times the same post, one in a batch: with the same numbers, the responses would be the same."""
+    tokenizer = sft.load_tokenizer(folders[0], "x")
+    model = sft.load_causal_lm(folders[0], sft.load_config(folders[0], "x"), tokenizer, "x")
+    posts = make_posts(1, 51) * 5
+    columns = {name: [row[name] for row in posts] for name in posts[0]}
+    rows = Dataset.from_dict(sft.tokenize_posts(columns, tokenizer, 48, 53, 562))
+    args = sft.Args(eval_temperature=1.0, local_eval_batch_size=1, output_dir=str(tmp_path), response_length=8)
+    sft.evaluate(args, accelerator, model, rows, tokenizer)
+    responses = pd.read_csv(tmp_path / "samples_validation.csv").response
+    assert len(responses) == 5 and responses.nunique() > 1
 
 
 def real_lengths():
