@@ -82,6 +82,8 @@ def start(*flags, env=()):
     return subprocess.Popen(
         [sys.executable, SCRIPT, *map(str, flags)], env=clean_environment(env),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
+        # Where the tests run in the background of a shell, Ctrl-C is switched off, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
