@@ -38,6 +38,7 @@ T tokens of a padded row, N tokens of all rows without padding, K of them that a
 tokens, V vocabulary, d hidden size; they have nothing to do with the letters of details.
 """
 
+import atexit
 import copy
 import ctypes
 import glob
@@ -90,7 +91,7 @@ class Args:
     resume: bool = False
     """go on with the run in --output_dir from its newest whole checkpoint; start afresh where there is none"""
     save_every: int = 100
-    """write a checkpoint every so many updates and after the last; 0 writes one only when training is told to stop"""
+    """write a checkpoint every so many updates and after the last; 0: only when a signal stops training, none later"""
     keep: int = 2
     """how many checkpoints stay: the newest ones"""
     bf16: bool = False
@@ -269,9 +270,9 @@ def start_accelerator(args) -> Accelerator:
 
             # An extension that would be compiled for minutes, behind a lock that a killed run leaves locked for ever.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # the others wait while one writes a large checkpoint
+    handlers = [InitProcessGroupKwargs(timeout=timedelta(hours=2))]  # others wait while one writes a large checkpoint
     accelerator = Accelerator(
-        gradient_accumulation_steps=accumulation, mixed_precision=precision, kwargs_handlers=[patience]
+        gradient_accumulation_steps=accumulation, mixed_precision=precision, kwargs_handlers=handlers
     )
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:
@@ -279,9 +280,11 @@ def start_accelerator(args) -> Accelerator:
         plugin.deepspeed_config["gradient_clipping"] = 0.0  # accelerate would fill in 1.0; no stage clips anything
         plugin.dschf = None  # or transformers would spread a model while it loads it; here that is for `prepare` alone
     if accelerator.num_processes > 1:
-        # Held to the end of the process. Were DDP's reducer the last to hold it, its release would wait, under Python's
-        # global lock, for a thread of gloo, which may be waiting for that lock: a finished run would never leave.
+        # Gloo's threads take Python's global lock to let go of the last tensors they have exchanged. They have time for
+        # it in a second of sleep at the end. Without it the process may abort (Python up to 3.13), or never leave: when
+        # DDP's reducer is the last to hold the process group, its release waits for them and keeps the lock.
         accelerator.state.process_group = torch.distributed.group.WORLD
+        atexit.register(time.sleep, 1.0)
     return accelerator
 
 
@@ -345,7 +348,8 @@ def bos_prefix(tokenizer) -> list[int]:
     """[BOS] if the tokenizer itself begins a text with it (Llama), else []. It belongs once, at the query's start."""
     with_special, plain = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
     # Asked of the tokenizer itself: many name a BOS token in their config and never use it (Pythia does).
-    return [tokenizer.bos_token_id] if with_special[:1] == [tokenizer.bos_token_id] != plain[:1] else []
+    bos = [tokenizer.bos_token_id]
+    return bos if with_special[:1] == bos and plain[:1] != bos else []
 
 
 def post_parts(subreddit: str, title: str, post: str) -> tuple[str, str, str]:
@@ -729,7 +733,7 @@ def response_logprobs(policy, token_ids, before, responses: torch.Tensor, pad_to
     logits = logits_at(policy, inputs, keep[token_ids != pad_token_id])  # (K, V), K valid tokens
     # Detail T (temperature): the logits are divided by the sampling temperature, for policy and reference, in rollout
     # and training. Without it the ratios would be those of a distribution that nothing was sampled from.
-    results = TokenLogprobs.apply(logits, responses[valid], temperature + 1e-7)  # (N,) each
+    results = TokenLogprobs.apply(logits, responses[valid], temperature + 1e-7)  # (K,) each
     fillers = [torch.full(valid.shape, filler, device=valid.device) for filler in (INVALID_LOGPROB, 0.0)]
     return [filler.masked_scatter(valid, result) for filler, result in zip(fillers, results)]
 
@@ -1042,7 +1046,6 @@ def micro_batch_losses(args, model, batch: dict, rows: np.ndarray) -> dict:
     logprobs, entropies, values = model(part["queries"], part["responses"], args.temperature)  # (B, R) each
     pg_losses, ratio, pg_clipped = policy_loss(logprobs, part["logprobs"], part["advantages"], args.cliprange)
     vf_losses, vf_clipped = value_loss(values, part["values"], part["returns"], args.cliprange_value)
-
     # Detail W (valid tokens): every sum is over real tokens. A mean that counts padding is diluted by 53 / length.
     valid, valid_p1 = ~part["padding_mask"], ~part["padding_mask_p1"]
     with torch.no_grad():
@@ -1159,8 +1162,7 @@ def train(args, accelerator: Accelerator, networks, optimizer, posts, batch_size
     bar = dict(initial=updates.start, total=num_updates, disable=not accelerator.is_main_process, mininterval=2)
     for update in tqdm(updates, desc="PPO", **bar):
         seed_update(args.seed, accelerator.process_index, update)
-        # Detail L (lr and minibatches): the learning rate falls on a line, set by hand at every update. (Minibatches
-        # are drawn anew in every PPO epoch, in `ppo_update`.)
+        # Detail L (lr and minibatches): the rate falls on a line; `ppo_update` draws minibatches anew in every epoch.
         lr = args.lr * linear_factor(update, num_updates, args.warm_up_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -1487,8 +1489,10 @@ def find_checkpoint(args, run: dict, batch_size: int, accelerator: Accelerator) 
             try:
                 manifest = read_manifest(folder, run["run_id"])
                 break
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
                 print(f"note: the checkpoint {folder} is skipped: {error}")
+            except OSError as error:  # perhaps for a moment only: what is whole must not pass for torn
+                fail(f"{folder} cannot be read ({error}): mend that and try again, or remove the folder to do without")
     # Metrics from before the checkpoint are kept, those from after it are logged again. If somebody has edited or cut
     # the file, cutting it at that place would lose some.
     if manifest:

@@ -22,10 +22,11 @@ Where it differs from the code of the paper (arXiv 2403.17031), on purpose
     4. A folder of reward.py is complete in itself; the SFT folder is not needed to load it.
 
 Tags such as "Detail 11" lead to the table of details in the README. Letters in shape comments: B rows (2 per pair, the
-chosen ones first), T tokens of a padded row, N tokens of a batch without padding,
-K of them that are read, d hidden size.
+chosen ones first), T tokens of a padded row, N tokens of a batch without padding, K of them that are read, d hidden
+size.
 """
 
+import atexit
 import copy
 import ctypes
 import glob
@@ -79,7 +80,7 @@ class Args:
     resume: bool = False
     """go on with the run in --output_dir from its newest whole checkpoint; start afresh where there is none"""
     save_every: int = 100
-    """write a checkpoint every so many updates and after the last; 0 writes one only when training is told to stop"""
+    """write a checkpoint every so many updates and after the last; 0: only when a signal stops training, none later"""
     keep: int = 2
     """how many checkpoints stay: the newest ones"""
     bf16: bool = False
@@ -132,7 +133,7 @@ class Args:
     run_eval: bool = False
     """after training, measure accuracy, calibration and score distributions on --eval_split"""
     eval_split: Literal["validation", "test"] = "validation"
-    """split that --run_eval uses"""
+    """split that --run_eval uses; CNN/DM pairs, where the data have them, are those of validation_cnndm with either"""
     max_eval_rows: Optional[int] = None
     """evaluate on the first so many pairs, and reference summaries, of the split; default: all of them"""
     local_eval_batch_size: int = 16
@@ -236,9 +237,9 @@ def start_accelerator(args) -> Accelerator:
 
             # An extension that would be compiled for minutes, behind a lock that a killed run leaves locked for ever.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # the others wait while one writes a large checkpoint
+    handlers = [InitProcessGroupKwargs(timeout=timedelta(hours=2))]  # others wait while one writes a large checkpoint
     accelerator = Accelerator(
-        gradient_accumulation_steps=accumulation, mixed_precision=precision, kwargs_handlers=[patience]
+        gradient_accumulation_steps=accumulation, mixed_precision=precision, kwargs_handlers=handlers
     )
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:
@@ -246,9 +247,11 @@ def start_accelerator(args) -> Accelerator:
         plugin.deepspeed_config["gradient_clipping"] = 0.0  # accelerate would fill in 1.0; no stage clips anything
         plugin.dschf = None  # or transformers would spread a model while it loads it; here that is for `prepare` alone
     if accelerator.num_processes > 1:
-        # Held to the end of the process. Were DDP's reducer the last to hold it, its release would wait, under Python's
-        # global lock, for a thread of gloo, which may be waiting for that lock: a finished run would never leave.
+        # Gloo's threads take Python's global lock to let go of the last tensors they have exchanged. They have time for
+        # it in a second of sleep at the end. Without it the process may abort (Python up to 3.13), or never leave: when
+        # DDP's reducer is the last to hold the process group, its release waits for them and keeps the lock.
         accelerator.state.process_group = torch.distributed.group.WORLD
+        atexit.register(time.sleep, 1.0)
     return accelerator
 
 
@@ -312,7 +315,8 @@ def bos_prefix(tokenizer) -> list[int]:
     """[BOS] if the tokenizer itself begins a text with it (Llama), else []. It belongs once, at the query's start."""
     with_special, plain = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
     # Asked of the tokenizer itself: many name a BOS token in their config and never use it (Pythia does).
-    return [tokenizer.bos_token_id] if with_special[:1] == [tokenizer.bos_token_id] != plain[:1] else []
+    bos = [tokenizer.bos_token_id]
+    return bos if with_special[:1] == bos and plain[:1] != bos else []
 
 
 def post_parts(subreddit: str, title: str, post: str) -> tuple[str, str, str]:
@@ -459,7 +463,7 @@ def tokenize_comparisons(rows: dict, tokenizer, max_query: int, max_response: in
         out["batch"][i] = str((rows["batch"][i] if "batch" in rows else None) or "")
         confidence = extra.get("confidence")
         out["confidence"][i] = f"{confidence:g}" if isinstance(confidence, (int, float)) else str(confidence or "")
-        if i in set(usable):
+        if not problems[i]:
             # Which policies wrote the two summaries, in an order that does not tell which was preferred.
             out["policies"][i] = " | ".join(sorted(str(s.get("policy") or "unknown") for s in rows["summaries"][i]))
     return out
@@ -965,7 +969,7 @@ def train(args, accelerator: Accelerator, model, optimizer, pairs, pad: int, upd
                     grad_norm = gradient_norm(model, accelerator)
                 optimizer.step()
                 optimizer.zero_grad()
-            with torch.no_grad():  # stays on the device: .item() here would make the GPU wait
+            with torch.no_grad():  # stays on the device: .item() would make the CPU wait for the backward pass
                 sums += torch.stack([losses.sum(), (chosen > rejected).sum(), chosen.sum(), rejected.sum()])
         means = (accelerator.reduce(sums, "sum") / batch_size).tolist()
         episode = (update + 1) * batch_size
@@ -1242,8 +1246,10 @@ def find_checkpoint(args, run: dict, batch_size: int, accelerator: Accelerator) 
             try:
                 manifest = read_manifest(folder, run["run_id"])
                 break
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
                 print(f"note: the checkpoint {folder} is skipped: {error}")
+            except OSError as error:  # perhaps for a moment only: what is whole must not pass for torn
+                fail(f"{folder} cannot be read ({error}): mend that and try again, or remove the folder to do without")
     # Metrics from before the checkpoint are kept, those from after it are logged again. If somebody has edited or cut
     # the file, cutting it at that place would lose some.
     if manifest:

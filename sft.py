@@ -26,6 +26,7 @@ Letters in shape comments: B rows of a batch, T tokens of a padded row, N tokens
 that are read, Q query tokens, R response tokens, V vocabulary, d hidden size.
 """
 
+import atexit
 import copy
 import ctypes
 import glob
@@ -77,7 +78,7 @@ class Args:
     resume: bool = False
     """go on with the run in --output_dir from its newest whole checkpoint; start afresh where there is none"""
     save_every: int = 100
-    """write a checkpoint every so many updates and after the last; 0 writes one only when training is told to stop"""
+    """write a checkpoint every so many updates and after the last; 0: only when a signal stops training, none later"""
     keep: int = 2
     """how many checkpoints stay: the newest ones"""
     bf16: bool = False
@@ -226,9 +227,9 @@ def start_accelerator(args) -> Accelerator:
 
             # An extension that would be compiled for minutes, behind a lock that a killed run leaves locked for ever.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # the others wait while one writes a large checkpoint
+    handlers = [InitProcessGroupKwargs(timeout=timedelta(hours=2))]  # others wait while one writes a large checkpoint
     accelerator = Accelerator(
-        gradient_accumulation_steps=accumulation, mixed_precision=precision, kwargs_handlers=[patience]
+        gradient_accumulation_steps=accumulation, mixed_precision=precision, kwargs_handlers=handlers
     )
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:
@@ -236,9 +237,11 @@ def start_accelerator(args) -> Accelerator:
         plugin.deepspeed_config["gradient_clipping"] = 0.0  # accelerate would fill in 1.0; no stage clips anything
         plugin.dschf = None  # or transformers would spread a model while it loads it; here that is for `prepare` alone
     if accelerator.num_processes > 1:
-        # Held to the end of the process. Were DDP's reducer the last to hold it, its release would wait, under Python's
-        # global lock, for a thread of gloo, which may be waiting for that lock: a finished run would never leave.
+        # Gloo's threads take Python's global lock to let go of the last tensors they have exchanged. They have time for
+        # it in a second of sleep at the end. Without it the process may abort (Python up to 3.13), or never leave: when
+        # DDP's reducer is the last to hold the process group, its release waits for them and keeps the lock.
         accelerator.state.process_group = torch.distributed.group.WORLD
+        atexit.register(time.sleep, 1.0)
     return accelerator
 
 
@@ -302,7 +305,8 @@ def bos_prefix(tokenizer) -> list[int]:
     """[BOS] if the tokenizer itself begins a text with it (Llama), else []. It belongs once, at the query's start."""
     with_special, plain = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
     # Asked of the tokenizer itself: many name a BOS token in their config and never use it (Pythia does).
-    return [tokenizer.bos_token_id] if with_special[:1] == [tokenizer.bos_token_id] != plain[:1] else []
+    bos = [tokenizer.bos_token_id]
+    return bos if with_special[:1] == bos and plain[:1] != bos else []
 
 
 def post_parts(subreddit: str, title: str, post: str) -> tuple[str, str, str]:
@@ -891,7 +895,7 @@ def train(args, accelerator: Accelerator, model, spare, optimizer, posts, eval_p
                     grad_norm = gradient_norm(model, accelerator)
                 optimizer.step()
                 optimizer.zero_grad()
-            nll_sum += nll.detach()  # stays on the device: .item() here would make the GPU wait
+            nll_sum += nll.detach()  # stays on the device: .item() would make the CPU wait for the backward pass
         episode = (update + 1) * batch_size
         metrics = {"episode": episode, "epoch": episode / len(posts), "lr": lr}
         metrics["sft/loss"] = accelerator.reduce(nll_sum, "sum").item() / num_targets
@@ -1066,8 +1070,10 @@ def find_checkpoint(args, run: dict, batch_size: int, accelerator: Accelerator) 
             try:
                 manifest = read_manifest(folder, run["run_id"])
                 break
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
                 print(f"note: the checkpoint {folder} is skipped: {error}")
+            except OSError as error:  # perhaps for a moment only: what is whole must not pass for torn
+                fail(f"{folder} cannot be read ({error}): mend that and try again, or remove the folder to do without")
     # Metrics from before the checkpoint are kept, those from after it are logged again. If somebody has edited or cut
     # the file, cutting it at that place would lose some.
     if manifest:

@@ -334,6 +334,21 @@ def test_torn_checkpoint_is_skipped_for_the_one_before_it(tear, script, stopped,
     assert saved(script.root / "o") == [2, 4, 6]  # the torn one was written again
 
 
+def test_checkpoint_that_cannot_be_read_does_not_pass_for_a_torn_one(script, stopped, whole):
+    """An error of the disk or the network may be over in a moment; the checkpoint must still be there then."""
+    shutil.copytree(stopped, script.root / "o")
+    manifest = script.root / "o/checkpoints/update_00000006/manifest.json"
+    manifest.rename(script.root / "kept.json")
+    manifest.symlink_to("/proc/self/mem")  # a real EIO: nothing is mapped at address 0
+    one_line(script.run("o", "--resume", code=2), "update_00000006 cannot be read", "Input/output error", "try again")
+    assert saved(script.root / "o") == [2, 4, 6]
+    manifest.unlink()
+    (script.root / "kept.json").rename(manifest)
+    result, said = script.resumed("o")
+    assert "resuming after update 6" in said
+    same(result, whole("sft"))
+
+
 def test_all_checkpoints_torn_starts_afresh(script, stopped, whole):
     shutil.copytree(stopped, script.root / "o")
     for update in (2, 4, 6):
