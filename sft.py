@@ -255,8 +255,8 @@ def keep_freed_memory():
     """Let the C library keep the memory of freed tensors for the next ones instead of giving it back (Linux, glibc)."""
     # On a CPU, page faults in fresh memory can take longer than the computation that fills it.
     if hasattr(ctypes.CDLL(None), "mallopt"):
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, 2**31 - 1)
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, of which older versions take no more than 2**25
+            ctypes.CDLL(None).mallopt(option, 2**31 - 1) or ctypes.CDLL(None).mallopt(option, 2**25)
 
 
 # ---- Data: raw posts -> queries and responses as token ids -----------------------------------------------------------
