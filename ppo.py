@@ -40,6 +40,7 @@ tokens, V vocabulary, d hidden size; they have nothing to do with the letters of
 
 import atexit
 import copy
+import csv
 import ctypes
 import glob
 import hashlib
@@ -1008,8 +1009,7 @@ def rollout(args, accelerator: Accelerator, networks, query_tokens: list, size: 
     Sample one response to each query of this process, and score those of all: the global batch, the same on every
     process, with queries (B, Q), responses (B, R), their masks, scores (B,), and what `score_responses` gives.
     """
-    tokenizer = networks[-1]
-    pad = tokenizer.pad_token_id
+    tokenizer, pad = networks[-1], networks[-1].pad_token_id
     sampled = sample_responses(args, accelerator, networks, query_tokens, args.temperature, size, update)
     queries = accelerator.pad_across_processes(sampled[0], dim=1, pad_index=pad, pad_first=True)
     batch = {"queries": accelerator.gather(queries), "responses": accelerator.gather(sampled[1])}
@@ -1210,8 +1210,7 @@ def start_records(args, accelerator: Accelerator, run: dict, checkpoint: dict, b
     record["resumed_after_updates"] = run.get("resumed_after_updates", []) + [checkpoint.get("update", 0)] * bool(run)
     record["versions"] = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
     record["launch"] = f"{accelerator.num_processes} x {accelerator.device.type}, {accelerator.distributed_type.value}"
-    path = os.path.join(args.output_dir, "args.json")
-    write_whole(path, json.dumps(record, indent=2) + "\n")
+    write_whole(os.path.join(args.output_dir, "args.json"), json.dumps(record, indent=2) + "\n")
     if args.track:
         where = dict(project=args.wandb_project_name, entity=args.wandb_entity, dir=args.output_dir)
         wandb.init(id=run_id, resume="allow", name=f"{args.exp_name}__{args.seed}", config=record, **where)
@@ -1371,7 +1370,8 @@ def evaluate(args, accelerator: Accelerator, networks, posts) -> dict:
     columns = ["id", "query", "response", "reference", "score", "reference_score"]
     samples = [parts[i % n][i // n] for i in range(len(posts))]  # in the order of the split again
     samples = pd.DataFrame(samples, columns=columns + ["kl", "response_length", "eos_share"])
-    write_whole(f"{args.output_dir}/samples_{args.eval_split}.csv", samples[columns].to_csv(index=False))
+    table = samples[columns].to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC)  # else a "\r" in a text ends its row
+    write_whole(f"{args.output_dir}/samples_{args.eval_split}.csv", table)
     show_samples(samples[:3].to_dict("records"), f"samples at temperature {args.eval_temperature}")
     results = {"eval/rows": len(samples), "eval/rm_win_rate": float((samples.score > samples.reference_score).mean())}
     names = ("score", "reference_score", "kl", "response_length", "eos_share")

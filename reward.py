@@ -28,6 +28,7 @@ size.
 
 import atexit
 import copy
+import csv
 import ctypes
 import glob
 import hashlib
@@ -814,8 +815,7 @@ def start_records(args, accelerator: Accelerator, run: dict, checkpoint: dict, b
     record["resumed_after_updates"] = run.get("resumed_after_updates", []) + [checkpoint.get("update", 0)] * bool(run)
     record["versions"] = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
     record["launch"] = f"{accelerator.num_processes} x {accelerator.device.type}, {accelerator.distributed_type.value}"
-    path = os.path.join(args.output_dir, "args.json")
-    write_whole(path, json.dumps(record, indent=2) + "\n")
+    write_whole(os.path.join(args.output_dir, "args.json"), json.dumps(record, indent=2) + "\n")
     if args.track:
         where = dict(project=args.wandb_project_name, entity=args.wandb_entity, dir=args.output_dir)
         wandb.init(id=run_id, resume="allow", name=f"{args.exp_name}__{args.seed}", config=record, **where)
@@ -1095,7 +1095,8 @@ def evaluate(args, accelerator: Accelerator, model, pairs, cnndm, posts, pad: in
     title = f"{args.exp_name}, seed {args.seed}, {args.eval_split}"
     draw_evaluation(report["calibration"], raw, offset, title, f"{stem}.png")
     write_whole(f"{stem}.json", json.dumps(report, indent=2) + "\n")
-    write_whole(f"{args.output_dir}/pairs_{args.eval_split}.csv", table.to_csv(index=False))
+    table_text = table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC)  # else a "\r" in a text ends its row
+    write_whole(f"{args.output_dir}/pairs_{args.eval_split}.csv", table_text)
     # The main figures; everything else is in the tables.
     low, high = wilson_interval(int((table.margin > 0).sum()), len(table))
     results = {"eval/pairs": len(table), "eval/accuracy": float((table.margin > 0).mean())}

@@ -28,6 +28,7 @@ that are read, Q query tokens, R response tokens, V vocabulary, d hidden size.
 
 import atexit
 import copy
+import csv
 import ctypes
 import glob
 import hashlib
@@ -723,8 +724,7 @@ def start_records(args, accelerator: Accelerator, run: dict, checkpoint: dict, b
     record["resumed_after_updates"] = run.get("resumed_after_updates", []) + [checkpoint.get("update", 0)] * bool(run)
     record["versions"] = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
     record["launch"] = f"{accelerator.num_processes} x {accelerator.device.type}, {accelerator.distributed_type.value}"
-    path = os.path.join(args.output_dir, "args.json")
-    write_whole(path, json.dumps(record, indent=2) + "\n")
+    write_whole(os.path.join(args.output_dir, "args.json"), json.dumps(record, indent=2) + "\n")
     if args.track:
         where = dict(project=args.wandb_project_name, entity=args.wandb_entity, dir=args.output_dir)
         wandb.init(id=run_id, resume="allow", name=f"{args.exp_name}__{args.seed}", config=record, **where)
@@ -948,7 +948,8 @@ def evaluate(args, accelerator: Accelerator, model, posts, tokenizer) -> dict:
         return {}
     samples = pd.DataFrame([samples[i % n][i // n] for i in range(len(posts))])  # in the order of the split again
     columns = ["id", "query", "response", "reference"]
-    write_whole(f"{args.output_dir}/samples_{args.eval_split}.csv", samples[columns].to_csv(index=False))
+    table = samples[columns].to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC)  # else a "\r" in a text ends its row
+    write_whole(f"{args.output_dir}/samples_{args.eval_split}.csv", table)
     show_samples(samples[:3].to_dict("records"), f"samples at temperature {args.eval_temperature}")
     kinds = ("rouge1", "rouge2", "rougeL")
     # ROUGE: n-gram overlap with the reference (rouge1, rouge2), longest common subsequence (rougeL).

@@ -36,10 +36,10 @@ from accelerate import Accelerator  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers  # noqa: E402
 from transformers import (  # noqa: E402
+    AutoConfig,
     AutoModelForCausalLM,
     GPT2Config,
     GPTNeoXConfig,
-    LlamaConfig,
     PreTrainedTokenizerFast,
 )
 
@@ -153,11 +153,11 @@ def make_config(family, vocab_size, dropout=0.0, **more):
             vocab_size=vocab_size + 27, max_position_embeddings=POSITIONS, initializer_range=0.2,
             hidden_dropout=dropout, attention_dropout=dropout, bos_token_id=0, eos_token_id=0, **sizes, **more,
         )  # fmt: skip
-    if family == "llama":  # no room for [PAD], grouped keys and values
-        sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
-        return LlamaConfig(
-            vocab_size=vocab_size, max_position_embeddings=POSITIONS, initializer_range=0.2, num_key_value_heads=2,
-            attention_dropout=dropout, bos_token_id=1, eos_token_id=0, **sizes, **more,
+    if family != "gpt2":  # Llama and what is like it: no room for [PAD], grouped keys and values
+        sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=8, intermediate_size=64)
+        return AutoConfig.for_model(
+            family, vocab_size=vocab_size, max_position_embeddings=POSITIONS, initializer_range=0.2,
+            num_key_value_heads=2, attention_dropout=dropout, bos_token_id=1, eos_token_id=0, **sizes, **more,
         )  # fmt: skip
     # GPT-2: learned positions, output tied to the embedding, no room for [PAD]
     return GPT2Config(

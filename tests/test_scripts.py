@@ -25,6 +25,7 @@ import transformers
 from conftest import (
     LENGTHS,
     ROOT,
+    make_model_folder,
     make_pairs,
     make_posts,
     read_json,
@@ -40,6 +41,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from wandb.proto import wandb_internal_pb2
 
+import eval_judge
 import ppo
 import reward
 import sft
@@ -767,6 +769,61 @@ def test_optimizer_is_pytorchs_adamw(name, request, monkeypatch):
             other = math.sqrt(1 - 0.999**t) / (1 - 0.9**t) * a / (b.sqrt() + 1e-5)  # eps before the correction
             tensorflow = max(tensorflow, lr * (step - other).abs().max().item())
     assert largest < 5e-7 and tensorflow > 1e-4
+
+
+@pytest.mark.parametrize("name", ["sft", "ppo"])
+def test_a_sample_may_hold_any_character(name, chain, base_models, tmp_path):
+    """Commas, quotes and every kind of line end come back as they were, with the reader of eval_judge.py as well."""
+    posts = make_posts(6, 5)
+    for i, row in enumerate(posts):
+        row["summary"] = ('one\rtwo, "three', "one\r\ntwo", "one\n\ntwo", '"', "one\0two", "\u2028one\x85two")[i]
+        row["post"] += f"\rand {row['summary']}"
+    write_rows(tmp_path / "posts/train.jsonl", posts)
+    write_rows(tmp_path / "posts/validation.jsonl", posts)
+    models = ("--sft_model_path", chain.sft, "--reward_model_path", chain.reward)
+    models = models if name == "ppo" else ("--base_model", base_models["gpt_neox"])
+    flags = (*models, "--query_dataset", tmp_path / "posts", "--max_query_length", 100, "--max_response_length", 40)
+    flags += ("--max_query_response_length", 140, "--response_length", 12, "--total_episodes", 0, "--run_eval")
+    done = run_inside({"sft": sft, "ppo": ppo}[name], *flags, "--output_dir", tmp_path / "o")
+    assert done.code == 0, done.err
+    path = tmp_path / "o/samples_validation.csv"
+    rows = pd.read_csv(path, keep_default_na=False).to_dict("records")
+    assert [row["reference"] for row in rows] == [post["summary"].strip() for post in posts]
+    assert all(post["summary"] in row["query"] for row, post in zip(rows, posts))
+    read = eval_judge.read_samples(str(path), ("id", "query", "response", "reference"))
+    assert [row["reference"] for row in read.values()] == [row["reference"] for row in rows]
+    assert [row["response"] for row in read.values()] == [row["response"] for row in rows]
+
+
+# ---- Other families of models ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", [family for family in ppo.FAMILIES if family != "gpt_neox"])
+def test_all_stages_with_a_model_of_another_family(family, data, tmp_path):
+    """And what the last one says of its samples is what plain loads of the saved folders say of the same texts."""
+    base = make_model_folder(tmp_path / "base", family)
+    out = {name: tmp_path / name for name in ("sft", "reward", "ppo")}
+    flags = dict(sft=sft_flags(data, base), reward=reward_flags(data, out["sft"]))
+    flags["ppo"] = (*ppo_flags(data, out["sft"], out["reward"]), "--run_eval", "--eval_temperature", 1e-4)
+    flags["ppo"] += ("--missing_eos_penalty", "None")
+    for module in (sft, reward, ppo):
+        name = module.__name__
+        done = run_inside(module, *flags[name], "--total_episodes", 16, "--output_dir", out[name])
+        assert done.code == 0, done.err
+    first = read_metrics(out["ppo"])[0]
+    assert first["val/ratio_first_dev"] < 1e-5 and abs(first["objective/kl"]) < 1e-4
+    tokenizer = AutoTokenizer.from_pretrained(out["ppo"] / "model")
+    policy = AutoModelForCausalLM.from_pretrained(out["ppo"] / "model")
+    classifier = AutoModelForSequenceClassification.from_pretrained(out["reward"] / "model")
+    offset = classifier.config.normalization_offset
+    for sample in pd.read_csv(out["ppo"] / "samples_validation.csv", keep_default_na=False).to_dict("records")[:8]:
+        query = tokenizer(sample["query"], return_tensors="pt", return_token_type_ids=False)
+        with torch.no_grad():
+            ids = policy.generate(**query, max_new_tokens=RESPONSE_LENGTH, do_sample=False)
+            score = classifier(input_ids=ids).logits.item() - offset
+        response = ids[0, query["input_ids"].shape[1] :]
+        assert tokenizer.decode(response, skip_special_tokens=True).strip() == sample["response"]
+        assert score == pytest.approx(sample["score"], abs=1e-4)
 
 
 # ---- Two processes ---------------------------------------------------------------------------------------------------
