@@ -43,6 +43,7 @@ import shutil
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -250,8 +251,8 @@ def others_cores(since=None):
 
 def in_another_process(function, *arguments):
     """What a function returns, without its memory in the peak of this process."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def matrix_peak(bf16):
