@@ -77,7 +77,8 @@ from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer
 
 
 @dataclass
@@ -540,21 +541,6 @@ def load_causal_lm(path: str, config, tokenizer, flag: str):
     return model
 
 
-def model_inputs(token_ids: torch.Tensor, pad_token_id: int) -> dict:
-    """
-    What a transformers model takes, from padded ids (B, T): pads on either side are masked out, fed as id 0, and not
-    counted by the position ids.
-
-    >>> model_inputs(torch.tensor([[9, 9, 5, 6]]), pad_token_id=9)["position_ids"]
-    tensor([[0, 0, 0, 1]])
-    """
-    attention_mask = token_ids != pad_token_id  # (B, T)
-    # Detail 6 (positions): harmless to forget with rotary embeddings, wrong with learned positions such as GPT-2's.
-    position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)  # (B, T)
-    input_ids = token_ids.masked_fill(~attention_mask, 0)  # (B, T)
-    return dict(input_ids=input_ids, attention_mask=attention_mask.long(), position_ids=position_ids)
-
-
 def attend_within_rows(module, query, key, value, attention_mask, row_lengths=None, **kwargs):
     """
     The attention that the models are loaded with (see `load_config`): queries, keys, values (1, heads, N, d_head) of
@@ -593,6 +579,7 @@ def packed_inputs(token_ids: torch.Tensor, pad_token_id: int) -> dict:
     >>> packed_inputs(torch.tensor([[5, 6, 9], [7, 8, 4]]), pad_token_id=9)["position_ids"]
     tensor([[0, 1, 0, 1, 2]])
     """
+    # Detail 6 (positions): harmless to forget with rotary embeddings, wrong with learned positions such as GPT-2's.
     # Rows differ in length: in micro-batches of 4 rows out of 16, a tenth of every matrix product would be padding.
     is_token = token_ids != pad_token_id  # (B, T)
     position_ids = (is_token.long().cumsum(1) - 1)[is_token]  # (N,)
@@ -911,6 +898,48 @@ def value_loss(values, old_values, returns, cliprange_value: float):
 
 
 # ---- Rollout: sample responses, and all that training needs to know of them ------------------------------------------
+class RoomyLayer(DynamicLayer):
+    """
+    One layer's part of the KV cache: keys and values (1, heads, N, d_head) of `packed_inputs`, padded again as the rows
+    were whose tokens are at `is_token` (B, Q), and room for more tokens. transformers' own has none: there, every token
+    is a copy of all that went before.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, is_token: torch.Tensor, room: int):
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.length, self.stores = is_token.shape[1], []
+        for states in (keys, values):
+            store = states.new_zeros(len(is_token), states.shape[1], self.length + room, states.shape[3])
+            store.transpose(1, 2)[:, : self.length][is_token] = states[0].transpose(0, 1)
+            self.stores.append(store)  # (B, heads, Q + room, d_head)
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *args, **kwargs):
+        for store, states in zip(self.stores, (keys, values)):  # (B, heads, 1, d_head)
+            store[:, :, self.length] = states[:, :, 0]
+        self.length += 1
+        return tuple(store[:, :, : self.length] for store in self.stores)
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def batch_select_indices(self, indices: torch.Tensor):
+        self.stores = [store[indices] for store in self.stores]
+
+
+@torch.no_grad()
+def prefill(model, queries: torch.Tensor, pad_token_id: int, room: int):
+    """The logits (B, V) after each of the queries (B, Q), left-padded, and a KV cache with `room` for more tokens."""
+    is_token, cache = queries != pad_token_id, DynamicCache()  # of a config, it might cut all rows to one's window
+    last = torch.zeros_like(is_token)
+    last[:, -1] = True  # the logits of the prompt's other tokens are never computed
+    inputs = packed_inputs(queries, pad_token_id) | dict(past_key_values=cache, use_cache=True)
+    logits = logits_at(model, inputs, last[is_token])  # (B, V)
+    for number, layer in enumerate(cache.layers):  # in place: there are never two copies of the whole cache
+        cache.layers[number] = RoomyLayer(layer.keys, layer.values, is_token, room)
+    return logits, cache
+
+
 @torch.no_grad()
 def generate(model, queries: torch.Tensor, response_length: int, temperature: float, tokenizer, generator):
     """
@@ -926,11 +955,10 @@ def generate(model, queries: torch.Tensor, response_length: int, temperature: fl
     # One random number per row and token, drawn in advance.
     uniforms = torch.rand((num_rows, response_length), generator=generator, device=device, dtype=torch.float64)
     alive = torch.arange(num_rows, device=device)  # rows that have not ended, (A,)
-    inputs, cache = model_inputs(queries, pad), None
+    is_token = queries != pad  # (B, Q)
+    logits, cache = prefill(model, queries, pad, response_length)
     for t in range(response_length):
-        # The prompt's logits are never computed: only those of the last position are kept.
-        output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        logits = output.logits[:, -1].float() / (temperature + 1e-7)  # (A, V)
+        logits = logits.float() / (temperature + 1e-7)  # (A, V)
         # Ids that stand for no text ([PAD], spare rows of the embedding) must not be sampled: a [PAD] within a
         # response would look like its end.
         logits[:, pad] = -torch.inf
@@ -942,14 +970,15 @@ def generate(model, queries: torch.Tensor, response_length: int, temperature: fl
         token = token.clamp(max=logits.shape[1] - 1)  # NaN would give an id beyond
         responses[alive, t] = token  # EOS itself is part of the response
         going_on = (token != eos).nonzero().squeeze(1)  # positions within the alive rows
-        if len(going_on) == 0:
-            break  # every row has ended
-        cache, mask, position = output.past_key_values, inputs["attention_mask"], inputs["position_ids"][:, -1:]
+        if len(going_on) == 0 or t + 1 == response_length:
+            break
         if len(going_on) < len(alive):
             cache.batch_select_indices(going_on)  # keys and values of the rows that go on
-            alive, token, mask, position = alive[going_on], token[going_on], mask[going_on], position[going_on]
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)  # (A, Q + t + 1)
-        inputs = dict(input_ids=token[:, None], attention_mask=mask, position_ids=position + 1)
+            alive, token = alive[going_on], token[going_on]
+        mask = F.pad(is_token[alive], (0, t + 1), value=True)  # (A, Q + t + 1)
+        position = is_token[alive].sum(1, keepdim=True) + t  # (A, 1), padding is not counted (Detail 6)
+        inputs = dict(input_ids=token[:, None], attention_mask=mask, position_ids=position)
+        logits = model(**inputs, past_key_values=cache, use_cache=True).logits.squeeze(1)  # (A, V)
     return responses
 
 

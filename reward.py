@@ -588,7 +588,6 @@ def model_inputs(token_ids: torch.Tensor, pad_token_id: int) -> dict:
     tensor([[0, 0, 0, 1]])
     """
     attention_mask = token_ids != pad_token_id  # (B, T)
-    # Detail 6 (positions): harmless to forget with rotary embeddings, wrong with learned positions such as GPT-2's.
     position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)  # (B, T)
     input_ids = token_ids.masked_fill(~attention_mask, 0)  # (B, T)
     return dict(input_ids=input_ids, attention_mask=attention_mask.long(), position_ids=position_ids)
@@ -632,6 +631,7 @@ def packed_inputs(token_ids: torch.Tensor, pad_token_id: int) -> dict:
     >>> packed_inputs(torch.tensor([[5, 6, 9], [7, 8, 4]]), pad_token_id=9)["position_ids"]
     tensor([[0, 1, 0, 1, 2]])
     """
+    # Detail 6 (positions): harmless to forget with rotary embeddings, wrong with learned positions such as GPT-2's.
     # Rows differ in length: in micro-batches of 4 rows out of 16, a tenth of every matrix product would be padding.
     is_token = token_ids != pad_token_id  # (B, T)
     position_ids = (is_token.long().cumsum(1) - 1)[is_token]  # (N,)

@@ -371,7 +371,7 @@ def test_pad_rows():
 
 
 def test_model_inputs():
-    inputs = ppo.model_inputs(torch.tensor([[9, 9, 5, 6, 0], [9, 5, 0, 9, 9], [5, 6, 7, 8, 0]]), PAD)
+    inputs = reward.model_inputs(torch.tensor([[9, 9, 5, 6, 0], [9, 5, 0, 9, 9], [5, 6, 7, 8, 0]]), PAD)
     assert inputs["input_ids"].tolist() == [[0, 0, 5, 6, 0], [0, 5, 0, 0, 0], [5, 6, 7, 8, 0]]  # pads as id 0
     assert inputs["attention_mask"].tolist() == [[0, 0, 1, 1, 1], [0, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
     positions = inputs["position_ids"].tolist()

@@ -93,13 +93,13 @@ def test_padding_changes_nothing(setup, policy):
     for side in ("left", "right"):
         padded = sft.pad_rows(rows, pad, side, "cpu")
         with torch.no_grad():
-            logits = policy(**sft.model_inputs(padded, pad)).logits
+            logits = policy(**reward.model_inputs(padded, pad)).logits
         for row, one in zip(rows, logits):
             one = one[-len(row) :] if side == "left" else one[: len(row)]
             assert deviation(one, plain_logits(policy, row)) < 1e-4
     if setup.family == "gpt2":  # that it can fail: without position ids, learned positions are wrong
         padded = sft.pad_rows(rows, pad, "left", "cpu")
-        inputs = {k: v for k, v in sft.model_inputs(padded, pad).items() if k != "position_ids"}
+        inputs = {k: v for k, v in reward.model_inputs(padded, pad).items() if k != "position_ids"}
         with torch.no_grad():
             assert deviation(policy(**inputs).logits[1, -5:], plain_logits(policy, rows[1])) > 0.1
 
@@ -190,7 +190,7 @@ def test_generate_never_samples_what_is_no_text(setup):
         head[tokenizer.pad_token_id :] = 10 * torch.randn_like(head[tokenizer.pad_token_id :])
     queries = ppo.pad_rows(query_tokens(tokenizer, 32), tokenizer.pad_token_id, "left", "cpu")
     with torch.no_grad():
-        wanted = model(**ppo.model_inputs(queries, tokenizer.pad_token_id)).logits[:, -1].argmax(-1)
+        wanted = model(**reward.model_inputs(queries, tokenizer.pad_token_id)).logits[:, -1].argmax(-1)
     assert (wanted >= tokenizer.pad_token_id).sum() > 8
     responses = ppo.generate(model, queries, R, 1.0, tokenizer, torch.Generator().manual_seed(0))
     for row in responses.tolist():

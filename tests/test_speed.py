@@ -12,7 +12,8 @@ import pytest
 import torch
 from conftest import make_config, make_posts, reset_accelerate
 from datasets import Dataset
-from transformers import AttentionInterface, AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AttentionInterface, AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
 import ppo
 import reward
@@ -85,6 +86,7 @@ def test_rollout_and_training_do_no_work_twice_or_in_vain(folders, monkeypatch):
     assert valid < 24 * R  # some responses end
     assert before_scoring["policy"] == before_scoring["policy head"] <= R  # sampling: one pass per token
     assert sum(before_scoring.values()) == 2 * before_scoring["policy"]  # by the policy alone
+    assert seen["policy"][0] == sum(map(len, rows["query_tokens"]))  # the prompts, without padding
     assert seen["policy head"][0] == 24  # after the prompt: the logits of its last position only
     for name in ("policy", "reference", "value", "reward"):
         scoring = seen[name][before_scoring[name] :]
@@ -162,6 +164,42 @@ def test_what_is_left_out_changes_nothing(family, one_row_at_a_time, monkeypatch
         assert torch.allclose(one.grad, other.grad, rtol=1e-9, atol=1e-9)
     unmasked = model(token_ids[is_token][None], row_lengths=[len(keep)]).last_hidden_state[0]
     assert not torch.allclose(unmasked[keep], packed[keep], atol=1e-3)  # that it can fail
+
+
+@pytest.mark.parametrize("family", ppo.FAMILIES)
+def test_cache_of_packed_prompts_changes_nothing(family):
+    """Logits in float64, token by token, with rows that leave: against whole rows, each by itself, without a cache."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=4)
+    sizes |= dict(intermediate_size=32, vocab_size=60, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    sizes |= dict(sliding_window=13) if family == "mistral" else {}  # rows fit; all of them, packed, do not
+    config = AutoConfig.for_model(family, initializer_range=0.3, **sizes)
+    plain = AutoModelForCausalLM.from_config(config, attn_implementation="eager").double().eval()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="within_rows").double().eval()
+    model.load_state_dict(plain.state_dict())
+    AttentionInterface.register("within_rows", ppo.attend_within_rows)
+    rows = [torch.randint(1, 60, (length,)).tolist() for length in (9, 4, 9, 1)]
+    queries = ppo.pad_rows(rows, 0, "left", "cpu")
+    is_token, alive = queries != 0, [0, 1, 2, 3]
+    for module in (sft, ppo):
+        logits, cache = module.prefill(model, queries, 0, 4)
+        stores = [store.data_ptr() for layer in cache.layers for store in layer.stores]
+        texts = [list(row) for row in rows]
+        for t in range(4):
+            wanted = torch.stack([plain(torch.tensor([texts[i]])).logits[0, -1] for i in alive])
+            assert torch.allclose(logits, wanted, rtol=1e-9, atol=1e-9), (family, t)
+            token = torch.randint(1, 60, (len(alive),))
+            for i, one in zip(alive, token.tolist()):
+                texts[i].append(one)
+            if t == 2:
+                assert stores == [store.data_ptr() for layer in cache.layers for store in layer.stores]  # not copied
+                cache.batch_select_indices(torch.tensor([1, 3]))
+                alive, token = [1, 3], token[[1, 3]]
+            mask = torch.cat([is_token[alive], torch.ones(len(alive), t + 1, dtype=torch.bool)], dim=1)
+            position = is_token[alive].sum(1, keepdim=True) + t
+            inputs = dict(input_ids=token[:, None], attention_mask=mask, position_ids=position)
+            logits = model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1]
+        alive = [0, 1, 2, 3]
 
 
 def test_evaluation_runs_the_reward_model_alone_over_references(folders):
