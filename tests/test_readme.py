@@ -167,23 +167,27 @@ def test_the_figures_of_the_growth_are_those_of_the_results():
 
 
 def test_the_figures_of_the_throughput_are_those_of_the_results():
-    run, *others = result("throughput")
-    assert (run["shape"], run["precision"], run["batch"]) == ("160m", "bf16", 16)
-    assert [(one["shape"], one["precision"], one["batch"]) for one in others] == [("160m", "fp32", 16)] * 11
-    first, second = [one for one in others if "--warm_up 0" in one["command"]], others[5:]
-    assert len(first) == 5 and not any("--warm_up" in one["command"] for one in second)
-    fp32 = statistics.median(one["seconds_per_update"] for one in second)
-    text, seconds = " ".join(README.split()), run["seconds_per_update"]
-    assert f"takes {seconds:.1f} s instead of {fp32:.1f} ({fp32 / seconds:.1f} times as fast" in text
-    assert f"{run['utilisation']:.0%} of the best bf16 matrix product" in text
-    assert f"peak memory {run['peak_memory_gib']:.1f} GiB" in text
-    for runs, wanted in (
-        (first, "it is {median:.0%} at the 160m shape ({low:.0%} to {high:.0%} in five runs, {seconds:.0f} s in the"),
-        (second, "{median:.0%} in the second update of a run ({low:.0%} to {high:.0%} in six runs, {seconds:.0f} s in the"),
+    runs, text = result("throughput"), " ".join(README.split())
+    bf16, first, before, now = runs[:5], runs[5:10], runs[10:16], runs[16:]
+    assert [run["precision"] for run in runs] == ["bf16"] * 5 + ["fp32"] * 16 and len(now) == 5
+    assert {(run["shape"], run["batch"]) for run in runs} == {("160m", 16)}
+    assert [run for run in runs if "--warm_up 0" in run["command"]] == first
+
+    def median(name, group):
+        return statistics.median(run[name] for run in group)
+
+    seconds, fp32 = [median("seconds_per_update", group) for group in (bf16, now)]
+    assert f"takes {seconds:.1f} s instead of {fp32:.1f} ({fp32 / seconds:.1f} times as fast; medians of five" in text
+    assert f"{median('utilisation', bf16):.0%} of the best bf16 matrix product" in text
+    assert f"peak memory {median('peak_memory_gib', bf16):.1f} GiB" in text
+    for group, wanted in (
+        (now, "At the 160m shape it is {share:.0%} ({low:.0%} to {high:.0%} in five runs, {seconds:.0f} s in the median"),
+        (before, "it was {share:.0%} ({low:.0%} to {high:.0%} in six runs, {seconds:.0f} s)"),
+        (first, "{share:.0%} in the first update of a run ({low:.0%} to {high:.0%} in five runs, {seconds:.0f} s)"),
     ):
-        shares, seconds = [[one[name] for one in runs] for name in ("utilisation", "seconds_per_update")]
-        figures = dict(median=statistics.median(shares), low=min(shares), high=max(shares))
-        assert wanted.format(**figures, seconds=statistics.median(seconds)) in text
+        shares = [run["utilisation"] for run in group]
+        figures = dict(share=median("utilisation", group), low=min(shares), high=max(shares))
+        assert wanted.format(**figures, seconds=median("seconds_per_update", group)) in text
 
 
 def test_the_figures_of_the_worlds_for_scaling_are_those_of_the_results():
