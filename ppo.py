@@ -42,6 +42,7 @@ import atexit
 import copy
 import csv
 import ctypes
+import fcntl
 import glob
 import hashlib
 import json
@@ -1223,6 +1224,14 @@ def start_records(args, accelerator: Accelerator, run: dict, checkpoint: dict, b
     if not accelerator.is_main_process:
         return  # one process writes, or files would be torn
     attempt(lambda: os.makedirs(args.output_dir, exist_ok=True), f"--output_dir {args.output_dir}: it cannot be made")
+    # Two runs in one folder, a job that is resumed while the first still runs, would tear each other's files. The lock
+    # goes with the process, however that ends. (Where a file system knows no locks, there is none.)
+    try:
+        fcntl.lockf(os.open(f"{args.output_dir}/lock", os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"--output_dir {args.output_dir} is in use by another run: wait for it to end, or name another folder")
+    except OSError:
+        pass
     if run and os.path.exists(f"{args.output_dir}/metrics.jsonl"):  # what follows the checkpoint is logged again
         os.truncate(f"{args.output_dir}/metrics.jsonl", checkpoint.get("metrics", [0])[0])
     for folder in glob.glob(os.path.join(glob.escape(args.output_dir), "checkpoints", "update_*")):
@@ -1470,7 +1479,8 @@ def earlier_run(args) -> dict:
             fail(f"--{name} is {value}, but the run to resume was started with {before}: pass that, or another folder")
     if "summary.json" in found:  # it is written last of all
         if os.environ.get("RANK", "0") == "0":
-            print(f"{where} a finished run: there is nothing left to do")
+            late = "--run_eval and --push_to_hub act only on a run that is not finished"
+            print(f"{where} a finished run: there is nothing left to do ({late})")
         raise SystemExit(0)
     return run
 

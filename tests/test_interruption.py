@@ -28,6 +28,7 @@ from conftest import (
     read_metrics,
     run_forked,
     run_inside,
+    run_script,
     without_clock,
 )  # fmt: skip
 from safetensors.torch import load_file, save_file
@@ -278,6 +279,24 @@ def test_finished_empty_and_foreign_folders(scripts, whole, tmp_path):
     (tmp_path / "sft/bare/metrics.jsonl").write_text('{"episode": 8}\n')
     one_line(script.run("bare", "--resume", code=2), "no args.json")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "sft/o").rglob("*")} == before
+
+
+def test_a_second_run_in_the_folder_is_refused_and_does_the_first_no_harm(script, whole, tmp_path):
+    flags = (*script.flags, *EVERY_TWO, "--output_dir", script.root / "o")
+
+    def second():
+        for more in ((), ("--resume",)):  # the job of a scheduler that starts it again too early, say
+            done = run_script("sft.py", *flags, *more)
+            with open(tmp_path / "second", "a") as file:
+                file.write(json.dumps([done.returncode, done.stderr]) + "\n")
+
+    script.run("o", inside=lambda rank: at(sft, "log_metrics", 3, second))
+    same(result_of(script.root / "o"), whole("sft"))
+    plain, resumed = [json.loads(line) for line in (tmp_path / "second").read_text().splitlines()]
+    assert plain[0] == resumed[0] == 2
+    assert "holds another run" in plain[1]
+    assert f"--output_dir {script.root / 'o'} is in use by another run: wait for it to end" in resumed[1]
+    assert script.run("o", "--resume").out.count("holds a finished run") == 1  # the lock has gone with the process
 
 
 def test_another_batch_is_refused_but_another_cut_of_it_is_not(script, stopped, whole):
