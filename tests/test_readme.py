@@ -146,16 +146,36 @@ def test_the_figures_of_the_comparison_with_trl_are_those_of_the_results():
     sys.path.insert(0, str(ROOT / "benchmark"))
     import speed
 
-    entries = result("peers")
-    assert speed.table(entries) in README and all(len(entry["pairs"]) == 5 for entry in entries)
-    assert [entry["shape"] for entry in entries] == ["14m", "14m", "70m", "160m"]
-    for entry in entries:
+    entries, other_processor = result("peers"), result("peers_xeon")
+    for table in (entries, other_processor):
+        assert speed.table(table) in README and all(len(entry["pairs"]) == 5 for entry in table)
+        assert [entry["shape"] for entry in table] == ["14m", "14m", "70m", "160m"]
+    for entry in entries + other_processor:
         ratios = sorted(pair["ours"] / pair["trl"] for pair in entry["pairs"])
         assert entry["median"]["ratio"] == pytest.approx(ratios[2])
         assert ("--warm_up 0" in entry["command"]) == (entry["shape"] != "14m")
         # Nothing else kept the machine busy while ppo.py was timed.
         assert max(cores for pair in entry["pairs"] for cores in pair["ours_other_cores"]) < 0.3
     assert f"{entries[1]['mean_response']:.0f} is what `--mean_response 35` made" in README
+    at_14m = [other_processor[0]["median"][name] / entries[0]["median"][name] for name in ("trl", "ours")]
+    assert f"TRL at 14m becomes {at_14m[0]:.1f} times" in " ".join(README.split()) and at_14m[1] < 1.05
+    assert all(table[0]["memory_ratio"] == pytest.approx(0.48, abs=0.02) for table in (entries, other_processor))
+
+
+def test_the_figures_of_the_other_processor_are_those_of_the_results():
+    fp32, bf16, *micro = result("throughput_xeon")
+    text = " ".join(README.split())
+    runs = [[run for run in result(name) if run["precision"] == "fp32"] for name in ("throughput_xeon", "throughput")]
+    peaks = [statistics.median(run["matrix_peak_gflops"] for run in group) for group in runs]
+    said = f"{peaks[0] / peaks[1]:.1f} times as fast there as on the EPYC ({peaks[0]:.0f} against {peaks[1]:.0f} GFLOP/s"
+    assert said in text
+    seconds = [run["seconds_per_update"] for run in (fp32, bf16)]
+    assert f"{seconds[0]:.0f} s and a utilisation of {fp32['utilisation']:.0%} in fp32; {seconds[1]:.0f} s in bf16" in text
+    assert f"{seconds[0] / seconds[1]:.1f} times as fast, which is {bf16['utilisation']:.0%} of the best bf16" in text
+    assert f"({bf16['matrix_peak_gflops'] / 1000:.1f} TFLOP/s)" in text
+    cells = [f"{run['peak_memory_gib']:.2f} GiB and {run['seconds_per_update']:.1f} s" for run in micro]
+    assert f"{cells[0]} per update with 4 rows, {cells[1]} with 2, {cells[2]} with 1" in text
+    assert [run["micro_batch"] for run in micro] == [4, 2, 1]
 
 
 def test_the_figures_of_the_growth_are_those_of_the_results():
