@@ -1048,6 +1048,7 @@ def rollout(args, accelerator: Accelerator, networks, query_tokens: list, size: 
     batch["row_lengths"] = (batch["queries"] != pad).sum(1) + (batch["responses"] != pad).sum(1)  # (B,), tokens
     # Scored in the very micro-batches of the first epoch: what has the same shape rounds in the same way. The ratios of
     # the first optimizer step are 1 therefore, in bf16 as well, where another shape would move them by a tenth or more.
+    networks[0].train(args.gradient_checkpointing)  # training's mode, on which the rows of the last MLP depend
     move_frozen(networks, args, accelerator, accelerator.device)
     dealt, parts, lengths = [], [], batch["row_lengths"].cpu().numpy()
     for minibatch in draw_minibatches(args, len(lengths), update, epoch=0):

@@ -183,6 +183,7 @@ def test_gradient_checkpointing_computes_layers_again_and_changes_nothing(varian
     # (With checkpointing, the last layer's MLP works at every position: matrix products of other shapes, which round
     # otherwise.)
     assert distance(last_parameters(out), last_parameters(plain)) < 1e-5
+    assert all(read_metrics(run)[0]["val/ratio_first_dev"] == 0 for run in (out, plain))  # scored as it is trained
     assert without_clock(read_metrics(out))[0] == pytest.approx(
         without_clock(read_metrics(plain))[0], rel=1e-5, abs=1e-6
     )

@@ -307,11 +307,14 @@ def test_token_logprobs_keep_one_tensor_of_the_logits_size():
     assert {tensor.data_ptr() for tensor in kept if tensor.numel() > 200} == {logits.data_ptr()}
 
 
-@pytest.mark.parametrize("num_mini_batches", [1, 2])
-def test_first_ratios_are_exactly_1_in_bf16(folders, num_mini_batches, monkeypatch):
+@pytest.mark.parametrize("num_mini_batches, checkpointing", [(1, False), (2, False), (2, True)])
+def test_first_ratios_are_exactly_1_in_bf16(folders, num_mini_batches, checkpointing, monkeypatch):
     """Detail P: rollout and first epoch make the same micro-batches, so that they round in the same way."""
     args, accelerator, networks, rows = prepare(folders, 24, bf16=True, num_ppo_epochs=1)
     args.num_mini_batches, args.gradient_accumulation_steps = num_mini_batches, 6 // num_mini_batches
+    args.gradient_checkpointing = checkpointing
+    for network in (networks[0].policy, networks[0].value_model.body) if checkpointing else ():
+        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     reset_accelerate()
     accelerator = ppo.start_accelerator(args)
     optimizer = torch.optim.AdamW(networks[0].parameters(), lr=1e-3)
