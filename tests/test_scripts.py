@@ -711,7 +711,8 @@ def test_gradient_checkpointing_computes_layers_again_and_changes_nothing(name, 
     calls, original = [], transformers.modeling_utils.checkpoint
 
     def spy(*args, **kwargs):
-        calls.append(args)
+        if torch.is_grad_enabled():  # PPO's scoring comes here too, and computes nothing again
+            calls.append(args)
         return original(*args, **kwargs)
 
     monkeypatch.setattr(transformers.modeling_utils, "checkpoint", spy)
