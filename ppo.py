@@ -1,5 +1,5 @@
 """
-ppo.py: RLHF with proximal policy optimization (PPO) against a reward model, with a KL penalty. Stage 3 of sft, reward, ppo.
+ppo.py: RLHF with proximal policy optimization (PPO), a reward model and a KL penalty. Stage 3 of sft, reward, ppo.
 
 One update: sample a summary for each of a batch of posts (the rollout), score it with the reward model, subtract a
 penalty for the distance from the SFT model (the KL penalty), and train on these samples for four epochs. Four networks:
@@ -43,13 +43,13 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
 from bisect import bisect_right
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal, Optional
 
 import numpy as np
@@ -69,109 +69,70 @@ from pyarrow.parquet import ParquetFile
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from transformers import GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
 
 
 @dataclass
 class Args:
     # ---- Run ----
-    exp_name: str = "ppo"
-    """name of this experiment, shown by the tracker"""
-    seed: int = 44413
-    """seed of the data order, the sampling and the minibatches (the paper's seeds: 44413 55513 66613 77713)"""
-    output_dir: str = "models/ppo"
-    """folder for the policy, the metrics, the samples and checkpoints/; it must be new or empty"""
-    resume: bool = False
-    """continue the run in --output_dir from its newest checkpoint; start from scratch if there is none"""
-    save_every: int = 100
-    """write a checkpoint every this many updates and after the last; 0: only when a signal stops the training"""
-    keep: int = 2
-    """number of checkpoints to keep: the newest ones"""
-    bf16: bool = False
-    """compute in bfloat16 (autocast over fp32 parameters; DeepSpeed: bf16 with fp32 masters), as the launcher does"""
-    offload: bool = False
-    """keep reference policy and reward model in CPU memory while they are not used (Detail 8)"""
+    exp_name: str = "ppo"  # name of this experiment, shown by the tracker
+    seed: int = 44413  # of data order, samples and minibatches (the paper's seeds: 44413 55513 66613 77713)
+    output_dir: str = "models/ppo"  # folder for all that the run writes; it must be new or empty
+    resume: bool = False  # continue the run in --output_dir from its newest checkpoint, if there is one
+    save_every: int = 100  # updates between checkpoints; 0: only when a signal stops the run
+    keep: int = 2  # number of checkpoints to keep: the newest ones
+    bf16: bool = False  # compute in bfloat16, with fp32 parameters (Detail 8); the launcher must do the same
+    offload: bool = False  # keep reference policy and reward model in CPU memory while they are not used (Detail 8)
     # ---- Models and data ----
-    sft_model_path: str = "models/sft"
-    """the SFT model, initial policy and reference: an output folder of sft.py, a model folder or a hub id"""
-    reward_model_path: str = "models/reward"
-    """the reward model, initial value model: an output folder of reward.py, a model folder or a hub id"""
+    sft_model_path: str = "models/sft"  # initial policy, and reference: an output folder of sft.py, or a model
+    reward_model_path: str = "models/reward"  # also the initial value model: a folder of reward.py, or a model
+    # posts with columns id, subreddit, title, post, summary: a hub id or a folder (see `read_rows`)
     query_dataset: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered_oai_preprocessing_1706381144"
-    """posts (columns id, subreddit, title, post, summary): a hub id, or a folder with parquet, jsonl or csv files"""
-    max_query_length: int = 512
-    """longest query in tokens; a longer post is cut at its last newline, again and again"""
-    max_response_length: int = 53
-    """longest reference summary in tokens, EOS included, as in SFT: PPO uses the same posts"""
-    max_query_response_length: int = 562
-    """longest query plus reference summary in tokens, as in SFT"""
+    max_query_length: int = 512  # longest query in tokens; a longer post is cut at its last newline, again and again
+    max_response_length: int = 53  # longest reference summary in tokens, EOS included, as in SFT
+    max_query_response_length: int = 562  # longest query plus reference summary in tokens, as in SFT
     # ---- Batches ----
-    total_episodes: int = 1_000_000
-    """number of sampled responses, rounded down to whole batches; 0 only evaluates"""
-    local_micro_batch_size: int = 16
-    """rows per training pass and process"""
-    gradient_accumulation_steps: int = 4
-    """training passes per optimizer step; minibatch = micro-batch x accumulation x processes"""
-    num_mini_batches: int = 1
-    """minibatches, i.e. optimizer steps, per epoch; batch = minibatch x this (the paper's batch is 512)"""
-    local_rollout_forward_batch_size: int = 64
-    """rows per generation pass and process"""
-    gradient_checkpointing: bool = False
-    """recompute activations in the backward pass: less memory, more time"""
+    total_episodes: int = 1_000_000  # number of sampled responses, rounded down to whole batches; 0 only evaluates
+    local_micro_batch_size: int = 16  # rows per training pass and process
+    gradient_accumulation_steps: int = 4  # minibatch = micro-batch x this x processes
+    num_mini_batches: int = 1  # optimizer steps per epoch; batch = minibatch x this (the paper's is 512)
+    local_rollout_forward_batch_size: int = 64  # rows per generation pass and process
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     # ---- PPO ----
-    lr: float = 3e-6
-    """peak learning rate of AdamW, linearly annealed to 0"""
-    eps: float = 1e-5
-    """epsilon of AdamW"""
-    warm_up_steps: int = 0
-    """updates of linear warm-up from 0"""
-    num_ppo_epochs: int = 4
-    """passes over each batch of samples"""
-    kl_coef: float = 0.05
-    """beta, the KL penalty coefficient"""
-    cliprange: float = 0.2
-    """clipping of the probability ratio in the policy loss: 1 +- this"""
-    cliprange_value: float = 0.2
-    """clipping of a value in the value loss: the old value +- this"""
-    vf_coef: float = 0.1
-    """weight of the value loss"""
-    gamma: float = 1.0
-    """discount per token"""
-    lam: float = 0.95
-    """lambda of generalized advantage estimation"""
-    whiten_rewards: bool = False
-    """scale the rewards of a batch to standard deviation 1, without shifting their mean"""
-    missing_eos_penalty: Optional[float] = -1.0
-    """score of a response without EOS, INSTEAD of the reward model's; None keeps the reward model's"""
+    lr: float = 3e-6  # peak learning rate of AdamW, linearly annealed to 0
+    eps: float = 1e-5  # epsilon of AdamW
+    warm_up_steps: int = 0  # updates of linear warm-up from 0
+    num_ppo_epochs: int = 4  # passes over each batch of samples
+    kl_coef: float = 0.05  # beta, the KL penalty coefficient
+    cliprange: float = 0.2  # clipping of the probability ratio in the policy loss: 1 +- this
+    cliprange_value: float = 0.2  # clipping of a value in the value loss: the old value +- this
+    vf_coef: float = 0.1  # weight of the value loss
+    gamma: float = 1.0  # discount per token
+    lam: float = 0.95  # lambda of generalized advantage estimation
+    whiten_rewards: bool = False  # scale the rewards of a batch to standard deviation 1, without shifting their mean
+    missing_eos_penalty: Optional[float] = -1.0  # score of a response without EOS (Detail 23); None: none
     # ---- Sampling ----
-    response_length: int = 53
-    """tokens sampled per response"""
-    temperature: float = 0.7
-    """sampling temperature of the rollout"""
+    response_length: int = 53  # tokens sampled per response
+    temperature: float = 0.7  # sampling temperature of the rollout
     # ---- Evaluation ----
-    run_eval: bool = False
-    """after training, sample a response to every post of --eval_split, score it, and write samples_<split>.csv"""
-    eval_split: Literal["validation", "test"] = "validation"
-    """split that --run_eval uses"""
-    max_eval_rows: Optional[int] = None
-    """evaluate on the first this many usable rows of the split; default: all"""
-    local_eval_batch_size: int = 16
-    """rows per evaluation batch and process"""
-    eval_temperature: float = 0.01
-    """sampling temperature of the evaluation"""
+    run_eval: bool = False  # after training, sample and score responses to the posts of --eval_split
+    eval_split: Literal["validation", "test"] = "validation"  # split that --run_eval uses
+    max_eval_rows: Optional[int] = None  # evaluate on the first this many usable rows of the split; default: all
+    local_eval_batch_size: int = 16  # rows per evaluation batch and process
+    eval_temperature: float = 0.01  # sampling temperature of the evaluation
     # ---- Tracking and sharing ----
-    print_samples_every: int = 10
-    """print two responses of the rollout every this many updates; 0: never"""
-    track: bool = False
-    """also log to Weights & Biases (WANDB_MODE=offline works)"""
-    wandb_project_name: str = "tldr_summarize"
-    """project of the tracked run"""
-    wandb_entity: Optional[str] = None
-    """team or user that owns the tracked run; default: yours"""
-    push_to_hub: bool = False
-    """upload the model folder, args.json and metrics.jsonl to the Hugging Face hub at the end"""
-    hf_repo_id: Optional[str] = None
-    """repository (user/name) for --push_to_hub"""
+    print_samples_every: int = 10  # print two responses of the rollout every this many updates; 0: never
+    track: bool = False  # also log to Weights & Biases (WANDB_MODE=offline works)
+    wandb_project_name: str = "tldr_summarize"  # project of the tracked run
+    wandb_entity: Optional[str] = None  # team or user that owns the tracked run; default: yours
+    push_to_hub: bool = False  # upload the model folder, args.json and metrics.jsonl to the Hugging Face hub at the end
+    hf_repo_id: Optional[str] = None  # repository (user/name) for --push_to_hub
 
 
 PAPER_BATCH_SIZE = 512
@@ -180,12 +141,7 @@ MAY_CHANGE = """exp_name output_dir resume save_every keep offload local_micro_b
     local_rollout_forward_batch_size gradient_checkpointing run_eval eval_split max_eval_rows local_eval_batch_size
     eval_temperature print_samples_every track wandb_project_name wandb_entity push_to_hub hf_repo_id""".split()
 CARD_TASK = "text-generation"
-CARD_TEXT = """\
-A language model trained by `ppo.py` to write TL;DR summaries that a reward model scores highly, with a KL penalty to the
-SFT model: RLHF with PPO as in arXiv 2403.17031. A query ends in "TL;DR:", the response begins with a space:
-
-    query = "SUBREDDIT: r/SUBREDDIT\\n\\nTITLE: TITLE\\n\\nPOST: POST\\n\\nTL;DR:"
-    output = model.generate(**tokenizer(query, return_tensors="pt"), max_new_tokens=53)"""
+CARD_TEXT = "Writes TL;DR summaries, trained by ppo.py: RLHF with PPO as in arXiv 2403.17031."
 INVALID_LOGPROB = 1.0  # filler after the end of a response: no logprob is positive, and in a ratio fillers cancel
 
 
@@ -198,7 +154,7 @@ class Networks:
 
 
 # ---- The algorithm: training loop ------------------------------------------------------------------------------------
-def train(args, accelerator: Accelerator, nets: Networks, optimizer, posts: list[dict], batch_size: int, updates, signals):
+def train(args, accelerator: Accelerator, nets: Networks, optimizer, posts: list, batch_size: int, updates, signals):
     """The training loop: rollout, advantages, PPO epochs; one line of metrics.jsonl per update."""
     local_batch_size = batch_size // accelerator.num_processes
     num_updates = updates.stop
@@ -231,7 +187,7 @@ def train(args, accelerator: Accelerator, nets: Networks, optimizer, posts: list
         log_metrics(metrics, args, accelerator)
         if accelerator.is_main_process:
             names = ("scores", "kl", "rlhf_reward", "response_length")
-            tqdm.write(f"update {update + 1}: " + ", ".join(f"{name} {metrics[f'objective/{name}']:.3f}" for name in names))
+            tqdm.write(f"update {update + 1} " + " ".join(f"{n} {metrics[f'objective/{n}']:.3f}" for n in names))
             if args.print_samples_every and (update + 1) % args.print_samples_every == 0:
                 texts = nets.tokenizer.batch_decode(batch["responses"][:2], skip_special_tokens=True)
                 show_samples([posts[i] | {"response": text} for i, text in zip(rows, texts)])
@@ -275,7 +231,8 @@ def rollout(args, accelerator: Accelerator, nets: Networks, query_tokens: list, 
             scored.append(score(args, accelerator, nets, batch["queries"][rows], batch["responses"][rows]))
             rows_done.extend(rows)
     move_frozen(args, accelerator, nets, "cpu")
-    order = accelerator.gather(torch.tensor(rows_done, device=accelerator.device)).argsort()  # (B,), back to the order of the batch
+    # Back to the order of the batch.
+    order = accelerator.gather(torch.tensor(rows_done, device=accelerator.device)).argsort()  # (B,)
     for name in scored[0]:
         batch[name] = accelerator.gather(torch.cat([part[name] for part in scored]))[order]
 
@@ -286,7 +243,7 @@ def rollout(args, accelerator: Accelerator, nets: Networks, query_tokens: list, 
 
 @torch.no_grad()
 def sample_responses(args, accelerator, policy, tokenizer, query_tokens: list, temperature: float, size: int):
-    """Sample a response to each query, `size` at a time: queries (B, Q), left-padded; responses (B, R), right-padded."""
+    """Sample a response to each query, `size` at a time: left-padded queries (B, Q), right-padded responses (B, R)."""
     policy.eval()  # in training mode, gradient checkpointing disables the KV cache
     config = GenerationConfig(  # what is not stated here, `generate` takes from the model's own generation config
         do_sample=True,
@@ -337,8 +294,8 @@ def score(args, accelerator: Accelerator, nets: Networks, queries: torch.Tensor,
     pad = nets.tokenizer.pad_token_id
     token_ids, positions = join_rows(queries, responses, pad)  # (B, T), (B, R)
     with accelerator.autocast():
-        # Detail P (old logprobs): from a full forward pass, as in training. Sampling with a KV cache rounds differently,
-        # and in bf16 the first ratios would be off 1 by several percent.
+        # Detail P (old logprobs): from a full forward pass, as in training. Sampling with a KV cache rounds
+        # differently, and in bf16 the first ratios would be off 1 by several percent.
         logprobs, _, values = accelerator.unwrap_model(nets.model)(queries, responses, args.temperature)
         ref_logprobs, _ = response_logprobs(nets.reference, token_ids, positions, responses, pad, args.temperature)
         rm_scores = nets.reward_model(token_ids, last_token_idx(token_ids, pad)).squeeze(1)
@@ -370,7 +327,7 @@ def join_rows(queries: torch.Tensor, responses: torch.Tensor, pad_token_id: int)
 
 def last_token_idx(token_ids: torch.Tensor, pad_token_id: int) -> torch.Tensor:
     """The position of the last token in each right-padded row (B, T): (B, 1)."""
-    # Detail 12 (reward at EOS): the reward is read at the last token of the response, as in the reward model's training.
+    # Detail 12 (reward at EOS): the reward is read at the last token of the response, as in reward.py.
     return (token_ids != pad_token_id).sum(1, keepdim=True) - 1
 
 
@@ -431,8 +388,8 @@ def place_rewards(kl: torch.Tensor, scores: torch.Tensor, sequence_lengths: torc
     """
     rewards = -kl_coef * kl  # (B, R)
     # Detail R (reward at EOS + 1): the score is added one AFTER EOS if there is room, else at the last token. The value
-    # there is the value model's output at EOS. It is initialised from the reward model, whose output at EOS is that very
-    # score: its first error is 0. So this value is not masked (padding_mask_p1), while the policy loss ends at EOS.
+    # there is the value model's output at EOS. It is initialised from the reward model, whose output at EOS is that
+    # very score: its first error is 0. So this value is not masked (padding_mask_p1); the policy loss ends at EOS.
     after_end = sequence_lengths + 1
     end = torch.where(after_end < rewards.shape[1], after_end, sequence_lengths)  # (B,)
     rewards[torch.arange(len(rewards), device=rewards.device), end] += scores
@@ -621,20 +578,19 @@ def model_folder(path: str) -> str:
 
 
 def load_config(path: str, flag: str, positions: int):
-    """The config of a model folder or hub id, with dropout off; refuses a model with fewer than `positions` positions."""
-    with explain(f"{flag} {path}: not a model folder, and not on the hub"):
+    """The config of a model folder or hub id, with dropout off; refused if it has fewer positions."""
+    with explain(f"{flag} {path}: no model folder, and not on the hub"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    limit = getattr(config, "max_position_embeddings", None) or math.inf
     if config.is_encoder_decoder:
         fail(f"{flag} {path}: an encoder-decoder model; needed is a decoder-only one")
     if hasattr(config, "quantization_config") or os.path.exists(f"{path}/adapter_config.json"):
         fail(f"{flag} {path}: quantized, or an adapter: dequantize it, or merge it into its base model, first")
-    if positions > (getattr(config, "max_position_embeddings", None) or math.inf):
-        limit = config.max_position_embeddings
-        fail(f"{flag} {path}: the model has {limit} positions, the length flags need {positions}: lower them")
+    if positions > limit:
+        fail(f"{flag} {path}: the length flags need {positions} positions, the model has {limit}: lower them")
     config._attn_implementation = None  # whatever the file says, transformers chooses the attention kernel
     # Detail 7 (dropout off): with dropout, every forward pass gives other logprobs: the KL penalty is noise and PPO's
-    # first ratios are not 1. Set in the config, before the model is built: some models (GPT-NeoX's attention) read it
-    # from there, and setting the p of every nn.Dropout would miss them.
+    # first ratios are not 1. Set in the config, since GPT-NeoX's attention reads it from there, not from nn.Dropout.
     for name, value in config.to_dict().items():
         if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, (int, float)):
             setattr(config, name, 0.0)
@@ -642,22 +598,21 @@ def load_config(path: str, flag: str, positions: int):
 
 
 def load_model(model_class, path: str, config, tokenizer, flag: str, new: tuple = ()):
-    """A model in fp32, with an embedding row for every id of the tokenizer; only the parameters `new` may be missing."""
-    # Detail 8 (fp32 masters): transformers keeps the checkpoint's dtype, and Pythia's is fp16, in which most updates at
-    # lr 3e-6 are rounded away. bf16 is for the computation only (autocast, or DeepSpeed's).
+    """A model in fp32 with a row for every token id, and the names of unexpected weights; only `new` may be missing."""
+    # Detail 8 (fp32 masters): Pythia's checkpoints are fp16, in which most updates at lr 3e-6 are rounded away. bf16 is
+    # for the computation only (autocast, or DeepSpeed's).
+    options = dict(dtype=torch.float32, trust_remote_code=False, output_loading_info=True)
     with explain(f"{flag} {path}: cannot be loaded as {model_class.__name__}"):
-        model, info = model_class.from_pretrained(
-            path, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-        )
-    extra = [name for name in info["unexpected_keys"] if name.startswith(model.base_model_prefix)]
-    misfits = info["missing_keys"] - set(new) | {name for name in extra if name.endswith("weight")}
+        model, info = model_class.from_pretrained(path, config=config, **options)
+    body = model.base_model_prefix
+    misfits = {name for name in info["unexpected_keys"] if name.startswith(body) and name.endswith("weight")}
+    misfits |= info["missing_keys"] - set(new)
     if misfits:
         fail(f"{flag} {path}: weights and config do not fit {model_class.__name__}: {min(misfits)}")
     rows = model.get_input_embeddings().num_embeddings
     if tokenizer.eos_token_id >= rows or len(tokenizer) > 1.1 * rows:
-        fail(f"{flag} {path}: {len(tokenizer)} ids in the tokenizer, {rows} embedding rows: they do not belong together")
-    if len(tokenizer) > rows:
-        # Pythia has spare rows. Others get one for [PAD], the mean of the others; it is never read.
+        fail(f"{flag} {path}: {rows} embedding rows do not belong to a tokenizer of {len(tokenizer)} ids")
+    if len(tokenizer) > rows:  # Pythia has spare rows for [PAD]; others get one, the mean of the rest, never read
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         for layer in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:  # may be tied, or one
             layer.weight.data[rows:] = layer.weight.data[:rows].mean(0)
@@ -669,15 +624,16 @@ def load_model(model_class, path: str, config, tokenizer, flag: str, new: tuple 
 def load_causal_lm(path: str, config, tokenizer, flag: str):
     """A causal language model in fp32."""
     model, _ = load_model(AutoModelForCausalLM, path, config, tokenizer, flag)
-    # What plain `generate` needs of the saved folder, and nothing that the base model brought (a top_k, say).
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    # The scripts pad on the right and pass no attention mask: a model that looks to the right cannot work.
+    # For plain `generate`; what the base model brought (a top_k, say) is dropped.
+    ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.generation_config = GenerationConfig(**ids)
+    # The scripts pad on the right and pass no attention mask: what looks to the right cannot work.
     token_ids = torch.arange(8)[None] % tokenizer.vocab_size
     keep = token_ids < 4
     with torch.no_grad():
         logits = model.eval()(input_ids=token_ids, logits_to_keep=keep).logits
         shorter = model(input_ids=token_ids[:, :4], logits_to_keep=keep[:, :4]).logits
-    if logits.shape != shorter.shape or not torch.allclose(logits, shorter, atol=1e-2 * logits.abs().max()):
+    if logits.shape != shorter.shape or (logits - shorter).abs().max() > 0.01 * logits.abs().max():
         fail(f"{flag} {path}: {type(model).__name__} is not causal, or does not know logits_to_keep")
     return model
 
@@ -685,11 +641,11 @@ def load_causal_lm(path: str, config, tokenizer, flag: str):
 def load_classifier(path: str, config, tokenizer, flag: str, new: tuple = ()):
     """A sequence classifier with one label, in fp32. Its score is the output minus config.normalization_offset."""
     if config.num_labels != 1:
-        fail(f"{flag} {path}: has {config.num_labels} labels; a reward model is a sequence classifier with one label")
+        fail(f"{flag} {path}: has {config.num_labels} labels; a reward model is a sequence classifier with one")
     model, unexpected = load_model(AutoModelForSequenceClassification, path, config, tokenizer, flag, new)
-    offset = getattr(model.config, "normalization_offset", 0.0)
+    offset = getattr(config, "normalization_offset", 0.0)
     if not hasattr(model, "score") or not isinstance(offset, (int, float)):
-        fail(f"{flag} {path}: {type(model).__name__} needs a head named score, and a number as normalization_offset")
+        fail(f"{flag} {path}: needed are a head named score, and a number as normalization_offset")
     if "score.bias" in unexpected:  # other trainers save a bias, which transformers drops without a word
         biased = nn.Module()
         biased.score = nn.Linear(model.score.in_features, 1)
@@ -701,23 +657,23 @@ def load_classifier(path: str, config, tokenizer, flag: str, new: tuple = ()):
 
 # ---- Data: raw posts -> queries as token ids -------------------------------------------------------------------------
 def read_rows(source: str, split: str, columns: list[str], flag: str) -> list[dict]:
-    """One split of a data set: a hub id, a folder of `save_to_disk`, or one with SPLIT.parquet, .jsonl, .csv or shards."""
-    where = f"{flag} {source}, split {split}"
+    """One split of a hub data set, a folder of `save_to_disk`, or a folder of SPLIT.parquet, .jsonl, .csv or shards."""
+    where = f"{flag} {source}, {split}"
+    rows = []
     if os.path.isdir(source) and not os.path.exists(f"{source}/dataset_dict.json"):
-        # Read by hand: `datasets` takes some folder names for patterns, and its cache does not see every changed file.
+        # Read by hand: `datasets` takes some folder names for patterns, and its cache misses some changes of a file.
         name = re.compile(rf"{split}(-\d+-of-\d+.*)?\.(parquet|jsonl|csv)(\.gz)?")
-        folders = [folder for folder in (source, f"{source}/data") if os.path.isdir(folder)]
-        paths = [f"{folder}/{file}" for folder in folders for file in sorted(os.listdir(folder)) if name.fullmatch(file)]
-        if len({name.fullmatch(os.path.basename(path))[2] for path in paths}) != 1:
-            fail(f"{where}: needs files {split}.parquet, .jsonl or .csv, of one kind; found {paths or 'none'}")
-        rows = []
-        for path in paths:
-            with explain(f"{flag} {path}: cannot be read"):
-                rows += read_file(path, columns)
+        files = [*Path(source).glob("*"), *Path(source).glob("data/*")]  # hub snapshots have the latter
+        files = sorted(file for file in files if name.fullmatch(file.name))
+        if len({name.fullmatch(file.name)[2] for file in files}) != 1:
+            fail(f"{where}: needs {split}.parquet, .jsonl or .csv, of one kind; found {[file.name for file in files]}")
+        for file in files:
+            with explain(f"{flag} {file}: cannot be read"):
+                rows += read_file(str(file), columns)
     else:
         with explain(f"{where}: no such folder, and not on the hub"):
-            rows = load_from_disk(source)[split] if os.path.isdir(source) else load_dataset(source, split=split)
-            rows = list(rows.select_columns([column for column in columns if column in rows.column_names]))
+            data = load_from_disk(source)[split] if os.path.isdir(source) else load_dataset(source, split=split)
+            rows = list(data.select_columns([column for column in data.column_names if column in columns]))
     if not rows:
         fail(f"{where}: no rows")
     return rows
@@ -748,7 +704,7 @@ def load_tokenizer(path: str, flag: str):
     # pad == EOS the loss mask hides EOS as well, and the model never learns to stop.
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     if empty or tokenizer.eos_token_id in (None, tokenizer.pad_token_id):
-        fail(f"{flag} {path}: no tokenizer files, or no EOS token of its own, so that a response could never end")
+        fail(f"{flag} {path}: no tokenizer files, or no EOS token, so that a response could never end")
     return tokenizer
 
 
@@ -758,7 +714,7 @@ def encode(tokenizer, texts: list[str]) -> list[list[int]]:
 
 
 def bos_prefix(tokenizer) -> list[int]:
-    """[BOS] if the tokenizer begins a text with it (Llama), else []; many name a BOS token and never use it (Pythia)."""
+    """[BOS] if the tokenizer begins a text with it (Llama), else []; many name a BOS token without using it (Pythia)."""
     with_special = tokenizer("a")["input_ids"]
     return with_special[:1] if len(with_special) > 1 and with_special[0] == tokenizer.bos_token_id else []
 
@@ -771,7 +727,7 @@ def format_post(subreddit: str, title: str, post: str) -> tuple[str, str, str]:
 
 
 def make_queries(tokenizer, parts: list[tuple[str, str, str]], max_tokens: int) -> list[str]:
-    """Queries of at most `max_tokens` tokens from (head, body, tail); "" if even an empty body does not fit."""
+    """The queries of (head, body, tail) parts, each cut to at most `max_tokens` tokens."""
     room = max_tokens - len(bos_prefix(tokenizer))
     queries = ["".join(part) for part in parts]
     for i, ids in enumerate(encode(tokenizer, queries)):
@@ -781,7 +737,7 @@ def make_queries(tokenizer, parts: list[tuple[str, str, str]], max_tokens: int) 
 
 
 def truncate_query(tokenizer, head: str, body: str, tail: str, room: int) -> str:
-    """The query with the body cut so that `room` tokens suffice."""
+    """The query with its body cut to fit in `room` tokens; "" if even an empty body does not fit."""
     # Detail 2 (query truncation): cut the post at its last newline, again and again; if there is none, drop one
     # character at a time. Never a hard cut of tokens: it would lose the "TL;DR:" that asks for the summary.
     newlines = [match.start() for match in re.finditer("\n", body)]
@@ -790,7 +746,7 @@ def truncate_query(tokenizer, head: str, body: str, tail: str, room: int) -> str
     def num_tokens(length: int) -> int:
         return len(encode(tokenizer, [head + body[:length] + tail])[0])
 
-    # Found by bisection, then in the next few: a whole word can have fewer tokens than its beginning.
+    # By bisection, and then in the next few: a whole word can have fewer tokens than its beginning.
     fitting = bisect_right(lengths, room, key=num_tokens)
     for i in range(fitting, min(fitting + 50, len(lengths))):
         if num_tokens(lengths[i]) <= room:
@@ -813,23 +769,23 @@ def tokenize_posts(args, rows: list[dict], tokenizer) -> list[dict]:
     joined_ids = encode(tokenizer, [query + reference for query, reference in zip(queries, references)])
     bos = bos_prefix(tokenizer)
     posts = []
-    for row, text, query, reference, ids, both in zip(rows, texts, queries, references, query_ids, joined_ids):
-        post = {"id": text[0], "query": query, "reference": reference, "problem": ""}
-        post["query_tokens"] = np.array(bos + ids, dtype=np.int32)
-        post["tokens"] = np.array(bos + both + [tokenizer.eos_token_id], dtype=np.int32)
-        for name in fields[1:]:
-            if not isinstance(row.get(name), str):
-                post["problem"] = f"{name} is missing or not a text"
-        if not text[0].strip() or not reference.strip():
-            post["problem"] = "id or summary is empty"
+    for row, query, reference, ids, both in zip(rows, queries, references, query_ids, joined_ids):
+        query_tokens = np.array(bos + ids, dtype=np.int32)
+        tokens = np.array(bos + both + [tokenizer.eos_token_id], dtype=np.int32)
+        missing = [name for name in fields[1:] if not isinstance(row.get(name), str)]
+        missing += [name for name in ("id", "summary") if not str(row.get(name) or "").strip()]
+        problem = ""
+        if missing:
+            problem = f"{missing[0]} is missing or not a text"
         elif not query:
-            post["problem"] = f"the post cannot be cut to {args.max_query_length} query tokens (--max_query_length)"
+            problem = f"the post cannot be cut to {args.max_query_length} query tokens"
         # Detail 4 (lengths): a response that is too long is left out, not cut, since the cut would remove its EOS.
-        elif len(post["tokens"]) - len(post["query_tokens"]) > args.max_response_length:
-            post["problem"] = f"the summary is longer than {args.max_response_length} tokens (--max_response_length)"
-        elif len(post["tokens"]) > args.max_query_response_length:
-            post["problem"] = f"longer than {args.max_query_response_length} tokens (--max_query_response_length)"
-        posts.append(post)
+        elif len(tokens) - len(query_tokens) > args.max_response_length:
+            problem = f"the summary is longer than {args.max_response_length} tokens"
+        elif len(tokens) > args.max_query_response_length:
+            problem = f"longer than {args.max_query_response_length} tokens with its query"
+        post = dict(id=str(row.get("id")), query=query, reference=reference, problem=problem)
+        posts.append(post | dict(query_tokens=query_tokens, tokens=tokens))
     return posts
 
 
@@ -840,8 +796,8 @@ def load_posts(args, split: str, tokenizer, accelerator: Accelerator) -> list[di
     posts = []
     for start in range(0, len(rows), 1000):  # the tokenizer works on them in parallel
         posts += tokenize_posts(args, rows[start : start + 1000], tokenizer)
-    seen = set()
-    for post in posts:  # samples of different runs are joined by id
+    seen = set()  # the judge joins samples by id
+    for post in posts:
         if post["id"] in seen:
             post["problem"] = post["problem"] or "the id occurs twice"
         seen.add(post["id"])
@@ -849,7 +805,7 @@ def load_posts(args, split: str, tokenizer, accelerator: Accelerator) -> list[di
 
 
 def keep_usable(rows: list[dict], where: str, accelerator: Accelerator) -> list[dict]:
-    """Leave out the rows with a problem, and say how many, why, and which one is the first."""
+    """Leave out the rows with a problem; say how many, why, and which is the first."""
     problems = defaultdict(list)
     for row in rows:
         problems[row["problem"]].append(row)
@@ -876,9 +832,8 @@ def micro_batches(args, accelerator: Accelerator, rows: np.ndarray, lengths: np.
     # Similar lengths need little padding. The longest come first, so that a lack of memory shows at once. The order
     # does not change the gradient, since the loss is normalised over the global batch.
     rows = rows[np.argsort(-lengths[rows], kind="stable")]
-    size = args.local_micro_batch_size
-    first = accelerator.process_index * size
-    return [rows[i : i + size] for i in range(first, len(rows), accelerator.num_processes * size)]
+    cuts = range(args.local_micro_batch_size, len(rows), args.local_micro_batch_size)
+    return np.split(rows, cuts)[accelerator.process_index :: accelerator.num_processes]
 
 
 def pad_rows(rows: list, pad_token_id: int, side: str, device) -> torch.Tensor:
@@ -953,8 +908,8 @@ def evaluate(args, accelerator: Accelerator, nets: Networks, posts: list[dict]) 
     samples = pd.DataFrame([parts[i % n][i // n] for i in range(len(posts))])  # in the order of the split again
     show_samples(samples[:3].to_dict("records"))
     table = samples[["id", "query", "response", "reference", "score", "reference_score"]]
-    # Quoted, since an unquoted "\r" in a text would end its row.
-    write_text(f"{args.output_dir}/samples_{args.eval_split}.csv", table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC))
+    csv_text = table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC)  # an unquoted "\r" in a text would end its row
+    write_text(f"{args.output_dir}/samples_{args.eval_split}.csv", csv_text)
     results = {"eval/rows": len(samples), "eval/rm_win_rate": float((samples.score > samples.reference_score).mean())}
     return results | {f"eval/{name}": float(samples[name].mean()) for name in columns}
 
@@ -989,16 +944,17 @@ def write_text(path: str, text: str):
 
 @contextmanager
 def new_folder(folder: str):
-    """Write a folder atomically: gives a temporary name, renames it at the end, and removes it after an error."""
+    """Write a folder atomically: gives a temporary name, which is renamed at the end."""
+    temporary = f"{folder}.tmp"
     try:
         with explain(f"{folder} cannot be written: make room, then continue with --resume"):
-            shutil.rmtree(f"{folder}.tmp", ignore_errors=True)  # of a run that was killed
-            yield f"{folder}.tmp"
+            shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+            yield temporary
             os.sync()
             shutil.rmtree(folder, ignore_errors=True)
-            os.rename(f"{folder}.tmp", folder)
+            os.rename(temporary, folder)
     finally:
-        shutil.rmtree(f"{folder}.tmp", ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_flags(args, may_be_zero: str, any_number: str = ""):
@@ -1007,9 +963,9 @@ def check_flags(args, may_be_zero: str, any_number: str = ""):
         if isinstance(value, str) and not (value.strip() and value.isprintable()):
             fail(f"--{name} {value!a}: not a printable text")
         if isinstance(value, (int, float)) and not isinstance(value, bool) and name not in any_number.split():
-            lowest = 0 if name in may_be_zero.split() else 1e-30
-            if not lowest <= value < 2**32:
-                fail(f"--{name} {value}: must be {'at least' if lowest == 0 else 'above'} 0 and below 2**32")
+            least = 0 if name in may_be_zero.split() else 1e-30
+            if not least <= value < 2**32:
+                fail(f"--{name} {value}: must be {'at least' if least == 0 else 'above'} 0 and below 2**32")
     if args.push_to_hub and not args.hf_repo_id:
         fail("--push_to_hub needs --hf_repo_id, the repository (user/name) to upload to")
 
@@ -1035,12 +991,10 @@ def start_accelerator(args) -> Accelerator:
             import deepspeed
 
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled for minutes
-    accelerator = Accelerator(
-        gradient_accumulation_steps=steps,
-        mixed_precision=precision,
-        log_with="wandb" if args.track else None,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # for slow disks and hubs
-    )
+    options = dict(gradient_accumulation_steps=steps, mixed_precision=precision)
+    options |= dict(log_with="wandb") if args.track else {}
+    options |= dict(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))])  # for slow disks and hubs
+    accelerator = Accelerator(**options)
     if accelerator.state.deepspeed_plugin is not None:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         agree = config.get("gradient_accumulation_steps", "auto") in ("auto", steps)
@@ -1072,7 +1026,7 @@ def count_updates(episodes: int, batch_size: int, accelerator: Accelerator) -> i
 
 def open_run(args, accelerator: Accelerator, batch_size: int) -> dict:
     """Claim --output_dir and start the tracker. Returns args.json of the run to resume, or a new run_id."""
-    record = [{"run_id": uuid.uuid4().hex[:8]}]
+    record = [{"run_id": os.urandom(4).hex()}]
     where = f"--output_dir {args.output_dir}"
     if accelerator.is_main_process:
         with explain(f"{where} cannot be used"):
@@ -1086,14 +1040,13 @@ def open_run(args, accelerator: Accelerator, batch_size: int) -> dict:
                 pass  # a file system without locks
         names = [name for name in os.listdir(args.output_dir) if not re.fullmatch(r"\..*|wandb|.*\.log", name)]
         if args.resume and "args.json" in names:
-            with explain(f"{where}: its args.json is not of a run that --resume can continue"):
-                record = [json.load(open(f"{args.output_dir}/args.json", encoding="utf-8"))]
-                before = {name: value for name, value in record[0]["args"].items() if name not in MAY_CHANGE}
-                before |= {name: record[0][name] for name in ("script", "batch_size")}
             now = vars(args) | {"script": os.path.basename(__file__), "batch_size": batch_size}
+            with explain(f"{where}: its args.json is not of a run that --resume can continue"):
+                record = [json.loads(Path(f"{args.output_dir}/args.json").read_text())]
+                before = {name: (record[0] | record[0]["args"])[name] for name in now if name not in MAY_CHANGE}
             for name, value in before.items():
-                if now.get(name) != value:
-                    fail(f"{where} holds a run with {name} {value}, not {now.get(name)}: pass that, or another folder")
+                if now[name] != value:
+                    fail(f"{where} holds a run with {name} {value}, not {now[name]}: pass that, or another folder")
             record[0]["finished"] = "summary.json" in names
         elif names:
             fail(f"{where} is not empty ({min(names)}): name another folder, or continue its run with --resume")
@@ -1133,14 +1086,14 @@ def start_run(args, accelerator: Accelerator, record: dict, batch_size: int, dig
     if args.resume:
         accelerator.print(f"{args.output_dir}: resuming after update {update}")
     if accelerator.is_main_process:
-        path = f"{args.output_dir}/metrics.jsonl"
-        lines = open(path, encoding="utf-8").readlines() if os.path.exists(path) else []
+        path = Path(f"{args.output_dir}/metrics.jsonl")
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         if len(lines) < update:
             fail(f"{path} has {len(lines)} lines for {update} updates: put back what is missing")
-        write_text(path, "".join(lines[:update]))  # what follows the checkpoint is computed and logged again
+        write_text(str(path), "".join(lines[:update]))  # what follows the checkpoint is computed and logged again
         git = [shutil.which("git") or "false", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
         packages = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "tokenizers", "numpy")
-        record |= {"script": os.path.basename(__file__), "args": asdict(args), "command": sys.argv}
+        record |= {"script": os.path.basename(__file__), "args": vars(args), "command": sys.argv}
         record |= {"batch_size": batch_size, "digest": digest, "versions": {name: version(name) for name in packages}}
         record["git_commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
         record["launch"] = f"{accelerator.num_processes} x {accelerator.device}, {accelerator.distributed_type.value}"
@@ -1231,25 +1184,21 @@ def save_model(model, tokenizer, padding_side: str, output_dir: str):
 
 
 def finish_run(args, accelerator: Accelerator, summary: dict):
-    """Write the model card and summary.json, print the summary, upload if asked."""
+    """Write and print summary.json; with --push_to_hub, upload the model with a model card."""
     if accelerator.is_main_process:
-        folder = f"{args.output_dir}/model"
-        if os.path.isdir(folder):  # with --total_episodes 0 there is none
-            rows = "\n".join(f"| {name} | {value} |" for name, value in (summary | asdict(args)).items())
-            data = ModelCardData(library_name="transformers", pipeline_tag=CARD_TASK, tags=["rlhf", "summarization"])
-            text = f"---\n{data.to_yaml()}\n---\n{CARD_TEXT}\n\n| result or flag | value |\n|---|---|\n{rows}\n"
-            write_text(f"{folder}/README.md", text)
-        write_text(f"{args.output_dir}/summary.json", json.dumps(summary, indent=2) + "\n")
-        print(f"\n{args.exp_name}: results, also in {args.output_dir}/summary.json")
-        for name, value in summary.items():
-            print(f"  {name:<34}{value:.4f}" if isinstance(value, float) else f"  {name:<34}{value}")
+        text = json.dumps(summary, indent=2)
+        write_text(f"{args.output_dir}/summary.json", text + "\n")
+        print(f"{args.exp_name}: results, also in {args.output_dir}/summary.json\n{text}")
         if args.push_to_hub:
-            later = f"hf upload {args.hf_repo_id} {folder} ."
-            with explain(f"--push_to_hub: the upload failed, but the run is complete; later: {later}"):
+            folder = f"{args.output_dir}/model"
+            data = ModelCardData(library_name="transformers", pipeline_tag=CARD_TASK, tags=["rlhf", "summarization"])
+            card = f"---\n{data.to_yaml()}\n---\n{CARD_TEXT}\n\n```json\n{text}\n```\n"
+            with explain(f"--push_to_hub: failed; later: hf upload {args.hf_repo_id} {folder} ."):
+                Path(f"{folder}/README.md").write_text(card)
                 HfApi().create_repo(args.hf_repo_id, exist_ok=True)
                 HfApi().upload_folder(repo_id=args.hf_repo_id, folder_path=folder)
-                records = ["args.json", "metrics.jsonl"]
-                HfApi().upload_folder(repo_id=args.hf_repo_id, folder_path=args.output_dir, allow_patterns=records)
+                records = dict(folder_path=args.output_dir, allow_patterns=["args.json", "metrics.jsonl"])
+                HfApi().upload_folder(repo_id=args.hf_repo_id, **records)
     accelerator.end_training()
 
 

@@ -1,8 +1,8 @@
 """
 reward.py: a reward model from pairwise human preferences. Stage 2 of sft, reward, ppo.
 
-Each row is a post with two summaries, of which a person preferred one. The model is the SFT model with its head replaced
-by a scalar output, read at the EOS of a summary. It is trained so that the preferred summary scores higher
+Each row is a post with two summaries, of which a person preferred one. The model is the SFT model with its head
+replaced by a scalar output, read at the EOS of a summary. It is trained so that the preferred summary scores higher
 (Bradley-Terry). At the end the scores are shifted so that a human summary scores 0 on average.
 
 How to run
@@ -14,8 +14,8 @@ checkpoints/ and, with --run_eval, pairs_<split>.csv, eval_<split>.json and eval
 --resume continues after an interruption.
 
 Deliberate differences from the code of the paper (arXiv 2403.17031); the README has the complete list
-    1. The model is saved in the form of transformers' sequence classifiers, whose head has no bias. So the normalisation
-       offset is in config.json: score = output of a plain load - config.normalization_offset.
+    1. The model is saved in the form of transformers' sequence classifiers, whose head has no bias. So the
+       normalisation offset is in config.json: score = output of a plain load - config.normalization_offset.
     2. Raw columns are read, formatted and tokenized here. Rows are padded on the right to the longest of their
        micro-batch, which holds pairs of similar length, without an attention mask, instead of to 638 tokens each.
     3. All processes share the order of the data, so an epoch sees every pair once.
@@ -39,14 +39,14 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
 from bisect import bisect_right
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
 from inspect import signature
+from pathlib import Path
 from typing import Literal, Optional
 
 import numpy as np
@@ -74,81 +74,47 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 @dataclass
 class Args:
     # ---- Run ----
-    exp_name: str = "reward"
-    """name of this experiment, shown by the tracker"""
-    seed: int = 44413
-    """seed of the head's initial weights and of the data order (the paper's seeds: 44413 55513 66613 77713)"""
-    output_dir: str = "models/reward"
-    """folder for the model, the metrics, the evaluation and checkpoints/; it must be new or empty"""
-    resume: bool = False
-    """continue the run in --output_dir from its newest checkpoint; start from scratch if there is none"""
-    save_every: int = 100
-    """write a checkpoint every this many updates and after the last; 0: only when a signal stops the training"""
-    keep: int = 2
-    """number of checkpoints to keep: the newest ones"""
-    bf16: bool = False
-    """compute in bfloat16 (autocast over fp32 parameters; DeepSpeed: bf16 with fp32 masters), as the launcher does"""
+    exp_name: str = "reward"  # name of this experiment, shown by the tracker
+    seed: int = 44413  # of the new head and the data order (the paper's seeds: 44413 55513 66613 77713)
+    output_dir: str = "models/reward"  # folder for all that the run writes; it must be new or empty
+    resume: bool = False  # continue the run in --output_dir from its newest checkpoint, if there is one
+    save_every: int = 100  # updates between checkpoints; 0: only when a signal stops the run
+    keep: int = 2  # number of checkpoints to keep: the newest ones
+    bf16: bool = False  # compute in bfloat16, with fp32 parameters (Detail 8); the launcher must do the same
     # ---- Model and data ----
-    sft_model_path: str = "models/sft"
-    """the SFT model to start from: an output folder of sft.py, a model folder or a hub id"""
-    reward_model_path: Optional[str] = None
-    """continue from (or, with --total_episodes 0, evaluate) this reward model, instead of a new head on the SFT model"""
+    sft_model_path: str = "models/sft"  # the model to start from: an output folder of sft.py, or a model
+    reward_model_path: Optional[str] = None  # start from this reward model, not from a new head on the SFT model
+    # comparisons in OpenAI's schema (info, summaries, choice) or with columns prompt, chosen, rejected
     label_dataset: str = "vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144"
-    """comparisons: a hub id or a folder with splits train and validation (and validation_cnndm, if any), in OpenAI's
-    schema (info, summaries, choice; batch and extra if any) or with columns prompt, chosen, rejected"""
+    # posts whose summaries define the score 0
     query_dataset: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered_oai_preprocessing_1706381144"
-    """posts (columns id, subreddit, title, post, summary) whose summaries define the score 0: a hub id or a folder"""
-    max_query_length: int = 512
-    """longest query in tokens; a longer post is cut at its last newline, again and again"""
-    max_response_length: int = 169
-    """longest summary in tokens, EOS included; a pair with a longer one is left out and counted"""
-    max_query_response_length: int = 638
-    """longest query plus summary in tokens; a pair with a longer one is left out and counted"""
-    max_cnndm_query_length: int = 1919
-    """like --max_query_length, for the CNN/DM articles of the evaluation"""
-    max_cnndm_response_length: int = 155
-    """like --max_response_length, for CNN/DM"""
-    max_cnndm_query_response_length: int = 2021
-    """like --max_query_response_length, for CNN/DM; never more than the model has positions"""
+    max_query_length: int = 512  # longest query in tokens; a longer post is cut at its last newline, again and again
+    max_response_length: int = 169  # longest summary in tokens, EOS included; a longer one is left out
+    max_query_response_length: int = 638  # longest query plus summary in tokens; a longer one is left out
+    max_cnndm_query_length: int = 1919  # like --max_query_length, for the CNN/DM articles of the evaluation
+    max_cnndm_response_length: int = 155  # like --max_response_length, for CNN/DM
+    max_cnndm_query_response_length: int = 2021  # the same for CNN/DM; never more than the model's positions
     # ---- Optimization ----
-    lr: float = 3e-6
-    """peak learning rate of AdamW, annealed to 0 along a cosine"""
-    eps: float = 1e-5
-    """epsilon of AdamW"""
-    warm_up_steps: int = 0
-    """updates of linear warm-up from 0"""
-    num_train_epochs: int = 1
-    """passes over the training pairs, if --total_episodes is not given"""
-    total_episodes: Optional[int] = None
-    """number of pairs, rounded down to whole batches; default: all pairs x --num_train_epochs; 0 only evaluates"""
-    local_micro_batch_size: int = 8
-    """pairs per forward pass and process"""
-    gradient_accumulation_steps: int = 1
-    """forward passes per update; batch = micro-batch x accumulation x processes (the paper's batch is 64)"""
-    gradient_checkpointing: bool = False
-    """recompute activations in the backward pass: less memory, more time"""
+    lr: float = 3e-6  # peak learning rate of AdamW, annealed to 0 along a cosine
+    eps: float = 1e-5  # epsilon of AdamW
+    warm_up_steps: int = 0  # updates of linear warm-up from 0
+    num_train_epochs: int = 1  # passes over the training pairs, if --total_episodes is not given
+    total_episodes: Optional[int] = None  # training pairs, default: all x --num_train_epochs; 0 only evaluates
+    local_micro_batch_size: int = 8  # pairs per forward pass and process
+    gradient_accumulation_steps: int = 1  # batch = micro-batch x this x processes (the paper's is 64)
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     # ---- Normalisation and evaluation ----
-    normalization_rows: Optional[int] = None
-    """reference summaries of the train posts whose mean score becomes 0 (the first this many); default: all"""
-    run_eval: bool = False
-    """after training, measure accuracy, calibration and score distributions on --eval_split"""
+    normalization_rows: Optional[int] = None  # the first this many train posts define the score 0; default: all
+    run_eval: bool = False  # after training, measure accuracy, calibration and score distributions on --eval_split
     eval_split: Literal["validation", "test"] = "validation"
-    """split that --run_eval uses; CNN/DM pairs, if the data have them, are those of validation_cnndm with either"""
-    max_eval_rows: Optional[int] = None
-    """evaluate on the first this many pairs, and reference summaries, of the split; default: all"""
-    local_eval_batch_size: int = 16
-    """rows per evaluation batch and process"""
+    max_eval_rows: Optional[int] = None  # evaluate on the first this many pairs, and posts; default: all
+    local_eval_batch_size: int = 16  # rows per evaluation batch and process
     # ---- Tracking and sharing ----
-    track: bool = False
-    """also log to Weights & Biases (WANDB_MODE=offline works)"""
-    wandb_project_name: str = "tldr_summarize"
-    """project of the tracked run"""
-    wandb_entity: Optional[str] = None
-    """team or user that owns the tracked run; default: yours"""
-    push_to_hub: bool = False
-    """upload the model folder, args.json and metrics.jsonl to the Hugging Face hub at the end"""
-    hf_repo_id: Optional[str] = None
-    """repository (user/name) for --push_to_hub"""
+    track: bool = False  # also log to Weights & Biases (WANDB_MODE=offline works)
+    wandb_project_name: str = "tldr_summarize"  # project of the tracked run
+    wandb_entity: Optional[str] = None  # team or user that owns the tracked run; default: yours
+    push_to_hub: bool = False  # upload the model folder, args.json and metrics.jsonl to the Hugging Face hub at the end
+    hf_repo_id: Optional[str] = None  # repository (user/name) for --push_to_hub
 
 
 PAPER_BATCH_SIZE = 64
@@ -157,19 +123,14 @@ MAY_CHANGE = """exp_name output_dir resume save_every keep local_micro_batch_siz
     gradient_checkpointing run_eval eval_split max_eval_rows local_eval_batch_size track wandb_project_name wandb_entity
     push_to_hub hf_repo_id""".split()
 CARD_TASK = "text-classification"
-CARD_TEXT = """\
-A reward model of TL;DR summaries, trained on pairwise human preferences by `reward.py` for RLHF with PPO as in arXiv
-2403.17031. The score is the model's output minus an offset, by which human summaries score 0 on average:
-
-    text = "SUBREDDIT: r/SUBREDDIT\\n\\nTITLE: TITLE\\n\\nPOST: POST\\n\\nTL;DR: SUMMARY" + tokenizer.eos_token
-    score = model(**tokenizer(text, return_tensors="pt")).logits[0, 0] - model.config.normalization_offset"""
+CARD_TEXT = "Scores TL;DR summaries (arXiv 2403.17031): score = output - config.normalization_offset."
 CNNDM_BATCHES = ("batch0_cnndm", "cnndm0", "cnndm2")  # the comparisons of news articles among OpenAI's
 MARGIN_EDGES = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, math.inf)  # of the calibration table
 
 
 # ---- The algorithm ---------------------------------------------------------------------------------------------------
-def train(args, accelerator: Accelerator, model, optimizer, pad_token_id: int, pairs, batch_size: int, updates, signals):
-    """The training loop: one optimizer step over one global batch of pairs, and one line of metrics.jsonl, per update."""
+def train(args, accelerator: Accelerator, model, optimizer, pad_token_id: int, pairs, batch_size, updates, signals):
+    """The training loop: per update, one optimizer step over one global batch of pairs, one line of metrics.jsonl."""
     num_updates = updates.stop
     lengths = np.array([len(pair["chosen"]) + len(pair["rejected"]) for pair in pairs])  # in tokens
     names = ("rm/loss", "rm/accuracy", "rm/chosen_rewards", "rm/rejected_rewards")
@@ -243,12 +204,12 @@ class RewardModel(nn.Module):
             if "position_ids" in signature(self.classifier.base_model.forward).parameters:
                 inputs["position_ids"] = (is_token.cumsum(1) - 1).clamp(min=0)
         # On the right, no attention mask is needed: a causal model never looks at the padding.
-        hidden = self.classifier.base_model(input_ids=token_ids, use_cache=False, **inputs).last_hidden_state  # (B, T, d)
+        outputs = self.classifier.base_model(input_ids=token_ids, use_cache=False, **inputs)
         # Detail 12 (reward at EOS): the last token of the response. Looking for the first [PAD] instead would find the
         # left padding of a query.
         # Detail 13 (other positions): what the head says elsewhere is mostly negative and means nothing.
         last = (is_token * torch.arange(token_ids.shape[1], device=token_ids.device)).argmax(1)  # (B,)
-        at_eos = hidden[torch.arange(len(last), device=last.device), last]  # (B, d)
+        at_eos = outputs.last_hidden_state[torch.arange(len(last), device=last.device), last]  # (B, d)
         return self.classifier.score(at_eos).squeeze(-1).float()  # (B,)
 
 
@@ -267,11 +228,11 @@ def normalize(args, accelerator: Accelerator, model: RewardModel, pad_token_id: 
     offset = float(raw_scores(args, accelerator, model, pad_token_id, tokens).mean())
     model.classifier.config.normalization_offset = offset
     model.classifier.config.normalization_rows = len(tokens)  # how much the offset can be trusted
-    accelerator.print(f"normalisation: the mean score of {len(tokens):,} reference summaries was {offset:.4f}, is now 0")
+    accelerator.print(f"normalisation: the mean score of {len(tokens):,} human summaries was {offset:.4f}, is now 0")
 
 
 @torch.no_grad()
-def raw_scores(args, accelerator: Accelerator, model, pad_token_id: int, tokens: list, side: str = "right") -> np.ndarray:
+def raw_scores(args, accelerator: Accelerator, model, pad_token_id: int, tokens: list, side="right") -> np.ndarray:
     """The model's outputs, without offset, for rows of token ids, in their order, on every process: (rows,) float64."""
     rank = accelerator.process_index
     n = accelerator.num_processes
@@ -300,7 +261,8 @@ def accuracy_rows(margins: pd.Series, groups: pd.Series) -> list[dict]:
     rows = []
     for name, part in margins.groupby(groups):
         low, high = wilson_interval((part > 0).sum(), len(part))
-        rows.append({"group": str(name), "n": len(part), "accuracy": float((part > 0).mean()), "low": low, "high": high})
+        row = {"group": str(name), "n": len(part), "accuracy": float((part > 0).mean())}
+        rows.append(row | {"low": low, "high": high})
     return rows
 
 
@@ -366,7 +328,8 @@ def evaluate(args, accelerator: Accelerator, model: RewardModel, pad_token_id: i
     if len(news):
         results |= {"eval/pairs_cnndm": len(news), "eval/accuracy_cnndm": float((news.margin > 0).mean())}
     results |= {"eval/reference_mean": float(raw.mean() - offset), "eval/reference_std": float(raw.std())}
-    return results | {"eval/left_padding_mean": float(shift.mean()), "eval/left_padding_max": float(np.abs(shift).max())}
+    results |= {"eval/left_padding_mean": float(shift.mean()), "eval/left_padding_max": float(np.abs(shift).max())}
+    return results
 
 
 def draw_evaluation(calibration: list[dict], raw: np.ndarray, offset: float, title: str, stem: str):
@@ -404,20 +367,19 @@ def model_folder(path: str) -> str:
 
 
 def load_config(path: str, flag: str, positions: int):
-    """The config of a model folder or hub id, with dropout off; refuses a model with fewer than `positions` positions."""
-    with explain(f"{flag} {path}: not a model folder, and not on the hub"):
+    """The config of a model folder or hub id, with dropout off; refused if it has fewer positions."""
+    with explain(f"{flag} {path}: no model folder, and not on the hub"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    limit = getattr(config, "max_position_embeddings", None) or math.inf
     if config.is_encoder_decoder:
         fail(f"{flag} {path}: an encoder-decoder model; needed is a decoder-only one")
     if hasattr(config, "quantization_config") or os.path.exists(f"{path}/adapter_config.json"):
         fail(f"{flag} {path}: quantized, or an adapter: dequantize it, or merge it into its base model, first")
-    if positions > (getattr(config, "max_position_embeddings", None) or math.inf):
-        limit = config.max_position_embeddings
-        fail(f"{flag} {path}: the model has {limit} positions, the length flags need {positions}: lower them")
+    if positions > limit:
+        fail(f"{flag} {path}: the length flags need {positions} positions, the model has {limit}: lower them")
     config._attn_implementation = None  # whatever the file says, transformers chooses the attention kernel
     # Detail 7 (dropout off): with dropout, every forward pass gives other logprobs: the KL penalty is noise and PPO's
-    # first ratios are not 1. Set in the config, before the model is built: some models (GPT-NeoX's attention) read it
-    # from there, and setting the p of every nn.Dropout would miss them.
+    # first ratios are not 1. Set in the config, since GPT-NeoX's attention reads it from there, not from nn.Dropout.
     for name, value in config.to_dict().items():
         if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, (int, float)):
             setattr(config, name, 0.0)
@@ -425,22 +387,21 @@ def load_config(path: str, flag: str, positions: int):
 
 
 def load_model(model_class, path: str, config, tokenizer, flag: str, new: tuple = ()):
-    """A model in fp32, with an embedding row for every id of the tokenizer; only the parameters `new` may be missing."""
-    # Detail 8 (fp32 masters): transformers keeps the checkpoint's dtype, and Pythia's is fp16, in which most updates at
-    # lr 3e-6 are rounded away. bf16 is for the computation only (autocast, or DeepSpeed's).
+    """A model in fp32 with a row for every token id, and the names of unexpected weights; only `new` may be missing."""
+    # Detail 8 (fp32 masters): Pythia's checkpoints are fp16, in which most updates at lr 3e-6 are rounded away. bf16 is
+    # for the computation only (autocast, or DeepSpeed's).
+    options = dict(dtype=torch.float32, trust_remote_code=False, output_loading_info=True)
     with explain(f"{flag} {path}: cannot be loaded as {model_class.__name__}"):
-        model, info = model_class.from_pretrained(
-            path, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-        )
-    extra = [name for name in info["unexpected_keys"] if name.startswith(model.base_model_prefix)]
-    misfits = info["missing_keys"] - set(new) | {name for name in extra if name.endswith("weight")}
+        model, info = model_class.from_pretrained(path, config=config, **options)
+    body = model.base_model_prefix
+    misfits = {name for name in info["unexpected_keys"] if name.startswith(body) and name.endswith("weight")}
+    misfits |= info["missing_keys"] - set(new)
     if misfits:
         fail(f"{flag} {path}: weights and config do not fit {model_class.__name__}: {min(misfits)}")
     rows = model.get_input_embeddings().num_embeddings
     if tokenizer.eos_token_id >= rows or len(tokenizer) > 1.1 * rows:
-        fail(f"{flag} {path}: {len(tokenizer)} ids in the tokenizer, {rows} embedding rows: they do not belong together")
-    if len(tokenizer) > rows:
-        # Pythia has spare rows. Others get one for [PAD], the mean of the others; it is never read.
+        fail(f"{flag} {path}: {rows} embedding rows do not belong to a tokenizer of {len(tokenizer)} ids")
+    if len(tokenizer) > rows:  # Pythia has spare rows for [PAD]; others get one, the mean of the rest, never read
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         for layer in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:  # may be tied, or one
             layer.weight.data[rows:] = layer.weight.data[:rows].mean(0)
@@ -452,11 +413,11 @@ def load_model(model_class, path: str, config, tokenizer, flag: str, new: tuple 
 def load_classifier(path: str, config, tokenizer, flag: str, new: tuple = ()):
     """A sequence classifier with one label, in fp32. Its score is the output minus config.normalization_offset."""
     if config.num_labels != 1:
-        fail(f"{flag} {path}: has {config.num_labels} labels; a reward model is a sequence classifier with one label")
+        fail(f"{flag} {path}: has {config.num_labels} labels; a reward model is a sequence classifier with one")
     model, unexpected = load_model(AutoModelForSequenceClassification, path, config, tokenizer, flag, new)
-    offset = getattr(model.config, "normalization_offset", 0.0)
+    offset = getattr(config, "normalization_offset", 0.0)
     if not hasattr(model, "score") or not isinstance(offset, (int, float)):
-        fail(f"{flag} {path}: {type(model).__name__} needs a head named score, and a number as normalization_offset")
+        fail(f"{flag} {path}: needed are a head named score, and a number as normalization_offset")
     if "score.bias" in unexpected:  # other trainers save a bias, which transformers drops without a word
         biased = nn.Module()
         biased.score = nn.Linear(model.score.in_features, 1)
@@ -468,23 +429,23 @@ def load_classifier(path: str, config, tokenizer, flag: str, new: tuple = ()):
 
 # ---- Data: raw posts -> queries as token ids -------------------------------------------------------------------------
 def read_rows(source: str, split: str, columns: list[str], flag: str) -> list[dict]:
-    """One split of a data set: a hub id, a folder of `save_to_disk`, or one with SPLIT.parquet, .jsonl, .csv or shards."""
-    where = f"{flag} {source}, split {split}"
+    """One split of a hub data set, a folder of `save_to_disk`, or a folder of SPLIT.parquet, .jsonl, .csv or shards."""
+    where = f"{flag} {source}, {split}"
+    rows = []
     if os.path.isdir(source) and not os.path.exists(f"{source}/dataset_dict.json"):
-        # Read by hand: `datasets` takes some folder names for patterns, and its cache does not see every changed file.
+        # Read by hand: `datasets` takes some folder names for patterns, and its cache misses some changes of a file.
         name = re.compile(rf"{split}(-\d+-of-\d+.*)?\.(parquet|jsonl|csv)(\.gz)?")
-        folders = [folder for folder in (source, f"{source}/data") if os.path.isdir(folder)]
-        paths = [f"{folder}/{file}" for folder in folders for file in sorted(os.listdir(folder)) if name.fullmatch(file)]
-        if len({name.fullmatch(os.path.basename(path))[2] for path in paths}) != 1:
-            fail(f"{where}: needs files {split}.parquet, .jsonl or .csv, of one kind; found {paths or 'none'}")
-        rows = []
-        for path in paths:
-            with explain(f"{flag} {path}: cannot be read"):
-                rows += read_file(path, columns)
+        files = [*Path(source).glob("*"), *Path(source).glob("data/*")]  # hub snapshots have the latter
+        files = sorted(file for file in files if name.fullmatch(file.name))
+        if len({name.fullmatch(file.name)[2] for file in files}) != 1:
+            fail(f"{where}: needs {split}.parquet, .jsonl or .csv, of one kind; found {[file.name for file in files]}")
+        for file in files:
+            with explain(f"{flag} {file}: cannot be read"):
+                rows += read_file(str(file), columns)
     else:
         with explain(f"{where}: no such folder, and not on the hub"):
-            rows = load_from_disk(source)[split] if os.path.isdir(source) else load_dataset(source, split=split)
-            rows = list(rows.select_columns([column for column in columns if column in rows.column_names]))
+            data = load_from_disk(source)[split] if os.path.isdir(source) else load_dataset(source, split=split)
+            rows = list(data.select_columns([column for column in data.column_names if column in columns]))
     if not rows:
         fail(f"{where}: no rows")
     return rows
@@ -515,7 +476,7 @@ def load_tokenizer(path: str, flag: str):
     # pad == EOS the loss mask hides EOS as well, and the model never learns to stop.
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     if empty or tokenizer.eos_token_id in (None, tokenizer.pad_token_id):
-        fail(f"{flag} {path}: no tokenizer files, or no EOS token of its own, so that a response could never end")
+        fail(f"{flag} {path}: no tokenizer files, or no EOS token, so that a response could never end")
     return tokenizer
 
 
@@ -525,7 +486,7 @@ def encode(tokenizer, texts: list[str]) -> list[list[int]]:
 
 
 def bos_prefix(tokenizer) -> list[int]:
-    """[BOS] if the tokenizer begins a text with it (Llama), else []; many name a BOS token and never use it (Pythia)."""
+    """[BOS] if the tokenizer begins a text with it (Llama), else []; many name a BOS token without using it (Pythia)."""
     with_special = tokenizer("a")["input_ids"]
     return with_special[:1] if len(with_special) > 1 and with_special[0] == tokenizer.bos_token_id else []
 
@@ -538,7 +499,7 @@ def format_post(subreddit: str, title: str, post: str) -> tuple[str, str, str]:
 
 
 def make_queries(tokenizer, parts: list[tuple[str, str, str]], max_tokens: int) -> list[str]:
-    """Queries of at most `max_tokens` tokens from (head, body, tail); "" if even an empty body does not fit."""
+    """The queries of (head, body, tail) parts, each cut to at most `max_tokens` tokens."""
     room = max_tokens - len(bos_prefix(tokenizer))
     queries = ["".join(part) for part in parts]
     for i, ids in enumerate(encode(tokenizer, queries)):
@@ -548,7 +509,7 @@ def make_queries(tokenizer, parts: list[tuple[str, str, str]], max_tokens: int) 
 
 
 def truncate_query(tokenizer, head: str, body: str, tail: str, room: int) -> str:
-    """The query with the body cut so that `room` tokens suffice."""
+    """The query with its body cut to fit in `room` tokens; "" if even an empty body does not fit."""
     # Detail 2 (query truncation): cut the post at its last newline, again and again; if there is none, drop one
     # character at a time. Never a hard cut of tokens: it would lose the "TL;DR:" that asks for the summary.
     newlines = [match.start() for match in re.finditer("\n", body)]
@@ -557,7 +518,7 @@ def truncate_query(tokenizer, head: str, body: str, tail: str, room: int) -> str
     def num_tokens(length: int) -> int:
         return len(encode(tokenizer, [head + body[:length] + tail])[0])
 
-    # Found by bisection, then in the next few: a whole word can have fewer tokens than its beginning.
+    # By bisection, and then in the next few: a whole word can have fewer tokens than its beginning.
     fitting = bisect_right(lengths, room, key=num_tokens)
     for i in range(fitting, min(fitting + 50, len(lengths))):
         if num_tokens(lengths[i]) <= room:
@@ -580,23 +541,23 @@ def tokenize_posts(args, rows: list[dict], tokenizer) -> list[dict]:
     joined_ids = encode(tokenizer, [query + reference for query, reference in zip(queries, references)])
     bos = bos_prefix(tokenizer)
     posts = []
-    for row, text, query, reference, ids, both in zip(rows, texts, queries, references, query_ids, joined_ids):
-        post = {"id": text[0], "query": query, "reference": reference, "problem": ""}
-        post["query_tokens"] = np.array(bos + ids, dtype=np.int32)
-        post["tokens"] = np.array(bos + both + [tokenizer.eos_token_id], dtype=np.int32)
-        for name in fields[1:]:
-            if not isinstance(row.get(name), str):
-                post["problem"] = f"{name} is missing or not a text"
-        if not text[0].strip() or not reference.strip():
-            post["problem"] = "id or summary is empty"
+    for row, query, reference, ids, both in zip(rows, queries, references, query_ids, joined_ids):
+        query_tokens = np.array(bos + ids, dtype=np.int32)
+        tokens = np.array(bos + both + [tokenizer.eos_token_id], dtype=np.int32)
+        missing = [name for name in fields[1:] if not isinstance(row.get(name), str)]
+        missing += [name for name in ("id", "summary") if not str(row.get(name) or "").strip()]
+        problem = ""
+        if missing:
+            problem = f"{missing[0]} is missing or not a text"
         elif not query:
-            post["problem"] = f"the post cannot be cut to {args.max_query_length} query tokens (--max_query_length)"
+            problem = f"the post cannot be cut to {args.max_query_length} query tokens"
         # Detail 4 (lengths): a response that is too long is left out, not cut, since the cut would remove its EOS.
-        elif len(post["tokens"]) - len(post["query_tokens"]) > args.max_response_length:
-            post["problem"] = f"the summary is longer than {args.max_response_length} tokens (--max_response_length)"
-        elif len(post["tokens"]) > args.max_query_response_length:
-            post["problem"] = f"longer than {args.max_query_response_length} tokens (--max_query_response_length)"
-        posts.append(post)
+        elif len(tokens) - len(query_tokens) > args.max_response_length:
+            problem = f"the summary is longer than {args.max_response_length} tokens"
+        elif len(tokens) > args.max_query_response_length:
+            problem = f"longer than {args.max_query_response_length} tokens with its query"
+        post = dict(id=str(row.get("id")), query=query, reference=reference, problem=problem)
+        posts.append(post | dict(query_tokens=query_tokens, tokens=tokens))
     return posts
 
 
@@ -607,8 +568,8 @@ def load_posts(args, split: str, tokenizer, accelerator: Accelerator) -> list[di
     posts = []
     for start in range(0, len(rows), 1000):  # the tokenizer works on them in parallel
         posts += tokenize_posts(args, rows[start : start + 1000], tokenizer)
-    seen = set()
-    for post in posts:  # samples of different runs are joined by id
+    seen = set()  # the judge joins samples by id
+    for post in posts:
         if post["id"] in seen:
             post["problem"] = post["problem"] or "the id occurs twice"
         seen.add(post["id"])
@@ -616,7 +577,7 @@ def load_posts(args, split: str, tokenizer, accelerator: Accelerator) -> list[di
 
 
 def keep_usable(rows: list[dict], where: str, accelerator: Accelerator) -> list[dict]:
-    """Leave out the rows with a problem, and say how many, why, and which one is the first."""
+    """Leave out the rows with a problem; say how many, why, and which is the first."""
     problems = defaultdict(list)
     for row in rows:
         problems[row["problem"]].append(row)
@@ -643,9 +604,8 @@ def micro_batches(args, accelerator: Accelerator, rows: np.ndarray, lengths: np.
     # Similar lengths need little padding. The longest come first, so that a lack of memory shows at once. The order
     # does not change the gradient, since the loss is normalised over the global batch.
     rows = rows[np.argsort(-lengths[rows], kind="stable")]
-    size = args.local_micro_batch_size
-    first = accelerator.process_index * size
-    return [rows[i : i + size] for i in range(first, len(rows), accelerator.num_processes * size)]
+    cuts = range(args.local_micro_batch_size, len(rows), args.local_micro_batch_size)
+    return np.split(rows, cuts)[accelerator.process_index :: accelerator.num_processes]
 
 
 def pad_rows(rows: list, pad_token_id: int, side: str, device) -> torch.Tensor:
@@ -656,8 +616,8 @@ def pad_rows(rows: list, pad_token_id: int, side: str, device) -> torch.Tensor:
 
 def read_comparison(row: dict) -> dict:
     """
-    A raw comparison -> `parts`, (head, body, tail) of its query; `chosen` and `rejected`, texts; `problem`, why it cannot
-    be used, or ""; and what the evaluation groups by: `id`, `batch`, `confidence`, `policies` ("" if unknown).
+    A raw comparison -> `parts`, (head, body, tail) of its query; `chosen` and `rejected`, texts; `problem`, why it
+    cannot be used, or ""; and what the evaluation groups by: `id`, `batch`, `confidence`, `policies` ("" if unknown).
     """
     pair = {"parts": ("", "", ""), "chosen": "", "rejected": "", "problem": ""}
     pair |= {"id": "", "batch": "", "confidence": "", "policies": ""}
@@ -721,7 +681,7 @@ def load_comparisons(args, split: str, tokenizer, limits: tuple[int, int, int], 
     for number, row in enumerate(rows):
         # One odd choice means another convention (1 and 2, true and false), and then all pairs may be inverted.
         if "chosen" not in row and (type(row.get("choice")) is not int or row["choice"] not in (0, 1)):
-            fail(f"{where}: row {number} has no column chosen, and choice {row.get('choice')!r}: needed are only 0 and 1")
+            fail(f"{where}: row {number} has choice {row.get('choice')!r}: needed are only 0 and 1")
     pairs = []
     for start in range(0, len(rows), 1000):
         pairs += tokenize_comparisons(rows[start : start + 1000], tokenizer, limits)
@@ -787,16 +747,17 @@ def write_text(path: str, text: str):
 
 @contextmanager
 def new_folder(folder: str):
-    """Write a folder atomically: gives a temporary name, renames it at the end, and removes it after an error."""
+    """Write a folder atomically: gives a temporary name, which is renamed at the end."""
+    temporary = f"{folder}.tmp"
     try:
         with explain(f"{folder} cannot be written: make room, then continue with --resume"):
-            shutil.rmtree(f"{folder}.tmp", ignore_errors=True)  # of a run that was killed
-            yield f"{folder}.tmp"
+            shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+            yield temporary
             os.sync()
             shutil.rmtree(folder, ignore_errors=True)
-            os.rename(f"{folder}.tmp", folder)
+            os.rename(temporary, folder)
     finally:
-        shutil.rmtree(f"{folder}.tmp", ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_flags(args, may_be_zero: str, any_number: str = ""):
@@ -805,9 +766,9 @@ def check_flags(args, may_be_zero: str, any_number: str = ""):
         if isinstance(value, str) and not (value.strip() and value.isprintable()):
             fail(f"--{name} {value!a}: not a printable text")
         if isinstance(value, (int, float)) and not isinstance(value, bool) and name not in any_number.split():
-            lowest = 0 if name in may_be_zero.split() else 1e-30
-            if not lowest <= value < 2**32:
-                fail(f"--{name} {value}: must be {'at least' if lowest == 0 else 'above'} 0 and below 2**32")
+            least = 0 if name in may_be_zero.split() else 1e-30
+            if not least <= value < 2**32:
+                fail(f"--{name} {value}: must be {'at least' if least == 0 else 'above'} 0 and below 2**32")
     if args.push_to_hub and not args.hf_repo_id:
         fail("--push_to_hub needs --hf_repo_id, the repository (user/name) to upload to")
 
@@ -833,12 +794,10 @@ def start_accelerator(args) -> Accelerator:
             import deepspeed
 
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled for minutes
-    accelerator = Accelerator(
-        gradient_accumulation_steps=steps,
-        mixed_precision=precision,
-        log_with="wandb" if args.track else None,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # for slow disks and hubs
-    )
+    options = dict(gradient_accumulation_steps=steps, mixed_precision=precision)
+    options |= dict(log_with="wandb") if args.track else {}
+    options |= dict(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))])  # for slow disks and hubs
+    accelerator = Accelerator(**options)
     if accelerator.state.deepspeed_plugin is not None:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         agree = config.get("gradient_accumulation_steps", "auto") in ("auto", steps)
@@ -870,7 +829,7 @@ def count_updates(episodes: int, batch_size: int, accelerator: Accelerator) -> i
 
 def open_run(args, accelerator: Accelerator, batch_size: int) -> dict:
     """Claim --output_dir and start the tracker. Returns args.json of the run to resume, or a new run_id."""
-    record = [{"run_id": uuid.uuid4().hex[:8]}]
+    record = [{"run_id": os.urandom(4).hex()}]
     where = f"--output_dir {args.output_dir}"
     if accelerator.is_main_process:
         with explain(f"{where} cannot be used"):
@@ -884,14 +843,13 @@ def open_run(args, accelerator: Accelerator, batch_size: int) -> dict:
                 pass  # a file system without locks
         names = [name for name in os.listdir(args.output_dir) if not re.fullmatch(r"\..*|wandb|.*\.log", name)]
         if args.resume and "args.json" in names:
-            with explain(f"{where}: its args.json is not of a run that --resume can continue"):
-                record = [json.load(open(f"{args.output_dir}/args.json", encoding="utf-8"))]
-                before = {name: value for name, value in record[0]["args"].items() if name not in MAY_CHANGE}
-                before |= {name: record[0][name] for name in ("script", "batch_size")}
             now = vars(args) | {"script": os.path.basename(__file__), "batch_size": batch_size}
+            with explain(f"{where}: its args.json is not of a run that --resume can continue"):
+                record = [json.loads(Path(f"{args.output_dir}/args.json").read_text())]
+                before = {name: (record[0] | record[0]["args"])[name] for name in now if name not in MAY_CHANGE}
             for name, value in before.items():
-                if now.get(name) != value:
-                    fail(f"{where} holds a run with {name} {value}, not {now.get(name)}: pass that, or another folder")
+                if now[name] != value:
+                    fail(f"{where} holds a run with {name} {value}, not {now[name]}: pass that, or another folder")
             record[0]["finished"] = "summary.json" in names
         elif names:
             fail(f"{where} is not empty ({min(names)}): name another folder, or continue its run with --resume")
@@ -931,14 +889,14 @@ def start_run(args, accelerator: Accelerator, record: dict, batch_size: int, dig
     if args.resume:
         accelerator.print(f"{args.output_dir}: resuming after update {update}")
     if accelerator.is_main_process:
-        path = f"{args.output_dir}/metrics.jsonl"
-        lines = open(path, encoding="utf-8").readlines() if os.path.exists(path) else []
+        path = Path(f"{args.output_dir}/metrics.jsonl")
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         if len(lines) < update:
             fail(f"{path} has {len(lines)} lines for {update} updates: put back what is missing")
-        write_text(path, "".join(lines[:update]))  # what follows the checkpoint is computed and logged again
+        write_text(str(path), "".join(lines[:update]))  # what follows the checkpoint is computed and logged again
         git = [shutil.which("git") or "false", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
         packages = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "tokenizers", "numpy")
-        record |= {"script": os.path.basename(__file__), "args": asdict(args), "command": sys.argv}
+        record |= {"script": os.path.basename(__file__), "args": vars(args), "command": sys.argv}
         record |= {"batch_size": batch_size, "digest": digest, "versions": {name: version(name) for name in packages}}
         record["git_commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
         record["launch"] = f"{accelerator.num_processes} x {accelerator.device}, {accelerator.distributed_type.value}"
@@ -1021,25 +979,21 @@ def save_model(model, tokenizer, padding_side: str, output_dir: str):
 
 
 def finish_run(args, accelerator: Accelerator, summary: dict):
-    """Write the model card and summary.json, print the summary, upload if asked."""
+    """Write and print summary.json; with --push_to_hub, upload the model with a model card."""
     if accelerator.is_main_process:
-        folder = f"{args.output_dir}/model"
-        if os.path.isdir(folder):  # with --total_episodes 0 there is none
-            rows = "\n".join(f"| {name} | {value} |" for name, value in (summary | asdict(args)).items())
-            data = ModelCardData(library_name="transformers", pipeline_tag=CARD_TASK, tags=["rlhf", "summarization"])
-            text = f"---\n{data.to_yaml()}\n---\n{CARD_TEXT}\n\n| result or flag | value |\n|---|---|\n{rows}\n"
-            write_text(f"{folder}/README.md", text)
-        write_text(f"{args.output_dir}/summary.json", json.dumps(summary, indent=2) + "\n")
-        print(f"\n{args.exp_name}: results, also in {args.output_dir}/summary.json")
-        for name, value in summary.items():
-            print(f"  {name:<34}{value:.4f}" if isinstance(value, float) else f"  {name:<34}{value}")
+        text = json.dumps(summary, indent=2)
+        write_text(f"{args.output_dir}/summary.json", text + "\n")
+        print(f"{args.exp_name}: results, also in {args.output_dir}/summary.json\n{text}")
         if args.push_to_hub:
-            later = f"hf upload {args.hf_repo_id} {folder} ."
-            with explain(f"--push_to_hub: the upload failed, but the run is complete; later: {later}"):
+            folder = f"{args.output_dir}/model"
+            data = ModelCardData(library_name="transformers", pipeline_tag=CARD_TASK, tags=["rlhf", "summarization"])
+            card = f"---\n{data.to_yaml()}\n---\n{CARD_TEXT}\n\n```json\n{text}\n```\n"
+            with explain(f"--push_to_hub: failed; later: hf upload {args.hf_repo_id} {folder} ."):
+                Path(f"{folder}/README.md").write_text(card)
                 HfApi().create_repo(args.hf_repo_id, exist_ok=True)
                 HfApi().upload_folder(repo_id=args.hf_repo_id, folder_path=folder)
-                records = ["args.json", "metrics.jsonl"]
-                HfApi().upload_folder(repo_id=args.hf_repo_id, folder_path=args.output_dir, allow_patterns=records)
+                records = dict(folder_path=args.output_dir, allow_patterns=["args.json", "metrics.jsonl"])
+                HfApi().upload_folder(repo_id=args.hf_repo_id, **records)
     accelerator.end_training()
 
 

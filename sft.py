@@ -1,9 +1,9 @@
 """
 sft.py: supervised fine-tuning (SFT) of a language model on human TL;DR summaries. Stage 1 of sft, reward, ppo.
 
-Each row is a Reddit post with a summary that a person wrote. The post is formatted as a query that ends in "TL;DR:", the
-summary is appended as the response, and the model is trained to predict the next token. The result is the policy that
-PPO starts from, the reference of PPO's KL penalty, and the body of the reward model.
+Each row is a Reddit post with a summary that a person wrote. The post is formatted as a query that ends in "TL;DR:",
+the summary is appended as the response, and the model is trained to predict the next token. The result is the policy
+that PPO starts from, the reference of PPO's KL penalty, and the body of the reward model.
 
 How to run
     accelerate launch --config_file benchmark/accelerate/deepspeed_zero2.yaml sft.py --bf16     # the paper's, 8 GPUs
@@ -38,13 +38,13 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
 from bisect import bisect_right
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
+from pathlib import Path
 from typing import Literal, Optional
 
 import numpy as np
@@ -70,76 +70,44 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 @dataclass
 class Args:
     # ---- Run ----
-    exp_name: str = "sft"
-    """name of this experiment, shown by the tracker"""
-    seed: int = 44413
-    """seed of the data order and of the evaluation samples (the paper's seeds: 44413 55513 66613 77713)"""
-    output_dir: str = "models/sft"
-    """folder for the model, the metrics, the samples and checkpoints/; it must be new or empty"""
-    resume: bool = False
-    """continue the run in --output_dir from its newest checkpoint; start from scratch if there is none"""
-    save_every: int = 100
-    """write a checkpoint every this many updates and after the last; 0: only when a signal stops the training"""
-    keep: int = 2
-    """number of checkpoints to keep: the newest ones"""
-    bf16: bool = False
-    """compute in bfloat16 (autocast over fp32 parameters; DeepSpeed: bf16 with fp32 masters), as the launcher does"""
+    exp_name: str = "sft"  # name of this experiment, shown by the tracker
+    seed: int = 44413  # of data order and evaluation samples (the paper's seeds: 44413 55513 66613 77713)
+    output_dir: str = "models/sft"  # folder for all that the run writes; it must be new or empty
+    resume: bool = False  # continue the run in --output_dir from its newest checkpoint, if there is one
+    save_every: int = 100  # updates between checkpoints; 0: only when a signal stops the run
+    keep: int = 2  # number of checkpoints to keep: the newest ones
+    bf16: bool = False  # compute in bfloat16, with fp32 parameters (Detail 8); the launcher must do the same
     # ---- Model and data ----
-    base_model: str = "EleutherAI/pythia-1b-deduped"
-    """hub id or folder of the causal language model to fine-tune"""
+    base_model: str = "EleutherAI/pythia-1b-deduped"  # hub id or folder of the causal language model to fine-tune
+    # posts with columns id, subreddit, title, post, summary: a hub id or a folder (see `read_rows`)
     query_dataset: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered_oai_preprocessing_1706381144"
-    """posts (columns id, subreddit, title, post, summary): a hub id, or a folder with parquet, jsonl or csv files"""
-    max_query_length: int = 512
-    """longest query in tokens; a longer post is cut at its last newline, again and again"""
-    max_response_length: int = 53
-    """longest response in tokens, EOS included; a row with a longer one is left out and counted"""
-    max_query_response_length: int = 562
-    """longest query plus response in tokens; a longer row is left out and counted"""
+    max_query_length: int = 512  # longest query in tokens; a longer post is cut at its last newline, again and again
+    max_response_length: int = 53  # longest response in tokens, EOS included; a longer one is left out
+    max_query_response_length: int = 562  # longest query plus response in tokens; a longer row is left out and counted
     # ---- Optimization ----
-    lr: float = 3e-6
-    """peak learning rate of AdamW, annealed to 0 along a cosine"""
-    eps: float = 1e-5
-    """epsilon of AdamW"""
-    warm_up_steps: int = 0
-    """updates of linear warm-up from 0"""
-    num_train_epochs: int = 1
-    """passes over the training rows, if --total_episodes is not given"""
-    total_episodes: Optional[int] = None
-    """number of training rows, rounded down to whole batches; default: all rows x --num_train_epochs; 0 only evaluates"""
-    local_micro_batch_size: int = 16
-    """rows per forward pass and process"""
-    gradient_accumulation_steps: int = 1
-    """forward passes per update; batch = micro-batch x accumulation x processes (the paper's batch is 128)"""
-    gradient_checkpointing: bool = False
-    """recompute activations in the backward pass: less memory, more time"""
-    response_loss_only: bool = False
-    """train on the response tokens only; the paper trains on query and response tokens"""
+    lr: float = 3e-6  # peak learning rate of AdamW, annealed to 0 along a cosine
+    eps: float = 1e-5  # epsilon of AdamW
+    warm_up_steps: int = 0  # updates of linear warm-up from 0
+    num_train_epochs: int = 1  # passes over the training rows, if --total_episodes is not given
+    total_episodes: Optional[int] = None  # training rows, default: all x --num_train_epochs; 0 only evaluates
+    local_micro_batch_size: int = 16  # rows per forward pass and process
+    gradient_accumulation_steps: int = 1  # batch = micro-batch x this x processes (the paper's is 128)
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
+    response_loss_only: bool = False  # train on the response tokens only; the paper trains on query and response tokens
     # ---- Evaluation ----
-    run_eval: bool = False
-    """after training, measure loss and ROUGE on --eval_split and write samples_<split>.csv"""
-    eval_split: Literal["validation", "test"] = "validation"
-    """split that --run_eval uses"""
-    max_eval_rows: Optional[int] = None
-    """evaluate on the first this many usable rows of the split; default: all"""
-    local_eval_batch_size: int = 16
-    """rows per evaluation batch and process"""
-    response_length: int = 53
-    """tokens sampled per response in the evaluation"""
-    eval_temperature: float = 0.01
-    """sampling temperature of the evaluation"""
+    run_eval: bool = False  # after training, measure loss and ROUGE on --eval_split and write samples_<split>.csv
+    eval_split: Literal["validation", "test"] = "validation"  # split that --run_eval uses
+    max_eval_rows: Optional[int] = None  # evaluate on the first this many usable rows of the split; default: all
+    local_eval_batch_size: int = 16  # rows per evaluation batch and process
+    response_length: int = 53  # tokens sampled per response in the evaluation
+    eval_temperature: float = 0.01  # sampling temperature of the evaluation
     # ---- Tracking and sharing ----
-    print_samples_every: int = 100
-    """print a response to a post of --eval_split every this many updates; 0: never"""
-    track: bool = False
-    """also log to Weights & Biases (WANDB_MODE=offline works)"""
-    wandb_project_name: str = "tldr_summarize"
-    """project of the tracked run"""
-    wandb_entity: Optional[str] = None
-    """team or user that owns the tracked run; default: yours"""
-    push_to_hub: bool = False
-    """upload the model folder, args.json and metrics.jsonl to the Hugging Face hub at the end"""
-    hf_repo_id: Optional[str] = None
-    """repository (user/name) for --push_to_hub"""
+    print_samples_every: int = 100  # print a response to a post of --eval_split every this many updates; 0: never
+    track: bool = False  # also log to Weights & Biases (WANDB_MODE=offline works)
+    wandb_project_name: str = "tldr_summarize"  # project of the tracked run
+    wandb_entity: Optional[str] = None  # team or user that owns the tracked run; default: yours
+    push_to_hub: bool = False  # upload the model folder, args.json and metrics.jsonl to the Hugging Face hub at the end
+    hf_repo_id: Optional[str] = None  # repository (user/name) for --push_to_hub
 
 
 PAPER_BATCH_SIZE = 128
@@ -148,18 +116,11 @@ MAY_CHANGE = """exp_name output_dir resume save_every keep local_micro_batch_siz
     gradient_checkpointing run_eval eval_split max_eval_rows local_eval_batch_size print_samples_every track
     wandb_project_name wandb_entity push_to_hub hf_repo_id""".split()
 CARD_TASK = "text-generation"
-CARD_TEXT = """\
-A language model fine-tuned by `sft.py` on human TL;DR summaries: the SFT model of RLHF with PPO as in arXiv 2403.17031. A
-query ends in "TL;DR:", the response begins with a space:
-
-    query = "SUBREDDIT: r/SUBREDDIT\\n\\nTITLE: TITLE\\n\\nPOST: POST\\n\\nTL;DR:"
-    output = model.generate(**tokenizer(query, return_tensors="pt"), max_new_tokens=53)"""
+CARD_TEXT = "Writes TL;DR summaries, fine-tuned by sft.py for RLHF as in arXiv 2403.17031."
 
 
 # ---- The algorithm ---------------------------------------------------------------------------------------------------
-def train(
-    args, accelerator: Accelerator, model, optimizer, tokenizer, posts: list[dict], eval_posts, batch_size, updates, signals
-):
+def train(args, accelerator, model, optimizer, tokenizer, posts, eval_posts, batch_size: int, updates: range, signals):
     """The training loop: one optimizer step over one global batch, and one line of metrics.jsonl, per update."""
     num_updates = updates.stop
     lengths = np.array([len(post["tokens"]) for post in posts])
@@ -240,7 +201,7 @@ def target_logprobs(args, accelerator: Accelerator, model, posts: list[dict], pa
 # ---- Sampling and evaluation -----------------------------------------------------------------------------------------
 @torch.no_grad()
 def sample_responses(args, accelerator, policy, tokenizer, query_tokens: list, temperature: float, size: int):
-    """Sample a response to each query, `size` at a time: queries (B, Q), left-padded; responses (B, R), right-padded."""
+    """Sample a response to each query, `size` at a time: left-padded queries (B, Q), right-padded responses (B, R)."""
     policy.eval()  # in training mode, gradient checkpointing disables the KV cache
     config = GenerationConfig(  # what is not stated here, `generate` takes from the model's own generation config
         do_sample=True,
@@ -323,20 +284,19 @@ def model_folder(path: str) -> str:
 
 
 def load_config(path: str, flag: str, positions: int):
-    """The config of a model folder or hub id, with dropout off; refuses a model with fewer than `positions` positions."""
-    with explain(f"{flag} {path}: not a model folder, and not on the hub"):
+    """The config of a model folder or hub id, with dropout off; refused if it has fewer positions."""
+    with explain(f"{flag} {path}: no model folder, and not on the hub"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    limit = getattr(config, "max_position_embeddings", None) or math.inf
     if config.is_encoder_decoder:
         fail(f"{flag} {path}: an encoder-decoder model; needed is a decoder-only one")
     if hasattr(config, "quantization_config") or os.path.exists(f"{path}/adapter_config.json"):
         fail(f"{flag} {path}: quantized, or an adapter: dequantize it, or merge it into its base model, first")
-    if positions > (getattr(config, "max_position_embeddings", None) or math.inf):
-        limit = config.max_position_embeddings
-        fail(f"{flag} {path}: the model has {limit} positions, the length flags need {positions}: lower them")
+    if positions > limit:
+        fail(f"{flag} {path}: the length flags need {positions} positions, the model has {limit}: lower them")
     config._attn_implementation = None  # whatever the file says, transformers chooses the attention kernel
     # Detail 7 (dropout off): with dropout, every forward pass gives other logprobs: the KL penalty is noise and PPO's
-    # first ratios are not 1. Set in the config, before the model is built: some models (GPT-NeoX's attention) read it
-    # from there, and setting the p of every nn.Dropout would miss them.
+    # first ratios are not 1. Set in the config, since GPT-NeoX's attention reads it from there, not from nn.Dropout.
     for name, value in config.to_dict().items():
         if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, (int, float)):
             setattr(config, name, 0.0)
@@ -344,22 +304,21 @@ def load_config(path: str, flag: str, positions: int):
 
 
 def load_model(model_class, path: str, config, tokenizer, flag: str, new: tuple = ()):
-    """A model in fp32, with an embedding row for every id of the tokenizer; only the parameters `new` may be missing."""
-    # Detail 8 (fp32 masters): transformers keeps the checkpoint's dtype, and Pythia's is fp16, in which most updates at
-    # lr 3e-6 are rounded away. bf16 is for the computation only (autocast, or DeepSpeed's).
+    """A model in fp32 with a row for every token id, and the names of unexpected weights; only `new` may be missing."""
+    # Detail 8 (fp32 masters): Pythia's checkpoints are fp16, in which most updates at lr 3e-6 are rounded away. bf16 is
+    # for the computation only (autocast, or DeepSpeed's).
+    options = dict(dtype=torch.float32, trust_remote_code=False, output_loading_info=True)
     with explain(f"{flag} {path}: cannot be loaded as {model_class.__name__}"):
-        model, info = model_class.from_pretrained(
-            path, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-        )
-    extra = [name for name in info["unexpected_keys"] if name.startswith(model.base_model_prefix)]
-    misfits = info["missing_keys"] - set(new) | {name for name in extra if name.endswith("weight")}
+        model, info = model_class.from_pretrained(path, config=config, **options)
+    body = model.base_model_prefix
+    misfits = {name for name in info["unexpected_keys"] if name.startswith(body) and name.endswith("weight")}
+    misfits |= info["missing_keys"] - set(new)
     if misfits:
         fail(f"{flag} {path}: weights and config do not fit {model_class.__name__}: {min(misfits)}")
     rows = model.get_input_embeddings().num_embeddings
     if tokenizer.eos_token_id >= rows or len(tokenizer) > 1.1 * rows:
-        fail(f"{flag} {path}: {len(tokenizer)} ids in the tokenizer, {rows} embedding rows: they do not belong together")
-    if len(tokenizer) > rows:
-        # Pythia has spare rows. Others get one for [PAD], the mean of the others; it is never read.
+        fail(f"{flag} {path}: {rows} embedding rows do not belong to a tokenizer of {len(tokenizer)} ids")
+    if len(tokenizer) > rows:  # Pythia has spare rows for [PAD]; others get one, the mean of the rest, never read
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         for layer in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:  # may be tied, or one
             layer.weight.data[rows:] = layer.weight.data[:rows].mean(0)
@@ -371,38 +330,39 @@ def load_model(model_class, path: str, config, tokenizer, flag: str, new: tuple 
 def load_causal_lm(path: str, config, tokenizer, flag: str):
     """A causal language model in fp32."""
     model, _ = load_model(AutoModelForCausalLM, path, config, tokenizer, flag)
-    # What plain `generate` needs of the saved folder, and nothing that the base model brought (a top_k, say).
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    # The scripts pad on the right and pass no attention mask: a model that looks to the right cannot work.
+    # For plain `generate`; what the base model brought (a top_k, say) is dropped.
+    ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.generation_config = GenerationConfig(**ids)
+    # The scripts pad on the right and pass no attention mask: what looks to the right cannot work.
     token_ids = torch.arange(8)[None] % tokenizer.vocab_size
     keep = token_ids < 4
     with torch.no_grad():
         logits = model.eval()(input_ids=token_ids, logits_to_keep=keep).logits
         shorter = model(input_ids=token_ids[:, :4], logits_to_keep=keep[:, :4]).logits
-    if logits.shape != shorter.shape or not torch.allclose(logits, shorter, atol=1e-2 * logits.abs().max()):
+    if logits.shape != shorter.shape or (logits - shorter).abs().max() > 0.01 * logits.abs().max():
         fail(f"{flag} {path}: {type(model).__name__} is not causal, or does not know logits_to_keep")
     return model
 
 
 # ---- Data: raw posts -> queries as token ids -------------------------------------------------------------------------
 def read_rows(source: str, split: str, columns: list[str], flag: str) -> list[dict]:
-    """One split of a data set: a hub id, a folder of `save_to_disk`, or one with SPLIT.parquet, .jsonl, .csv or shards."""
-    where = f"{flag} {source}, split {split}"
+    """One split of a hub data set, a folder of `save_to_disk`, or a folder of SPLIT.parquet, .jsonl, .csv or shards."""
+    where = f"{flag} {source}, {split}"
+    rows = []
     if os.path.isdir(source) and not os.path.exists(f"{source}/dataset_dict.json"):
-        # Read by hand: `datasets` takes some folder names for patterns, and its cache does not see every changed file.
+        # Read by hand: `datasets` takes some folder names for patterns, and its cache misses some changes of a file.
         name = re.compile(rf"{split}(-\d+-of-\d+.*)?\.(parquet|jsonl|csv)(\.gz)?")
-        folders = [folder for folder in (source, f"{source}/data") if os.path.isdir(folder)]
-        paths = [f"{folder}/{file}" for folder in folders for file in sorted(os.listdir(folder)) if name.fullmatch(file)]
-        if len({name.fullmatch(os.path.basename(path))[2] for path in paths}) != 1:
-            fail(f"{where}: needs files {split}.parquet, .jsonl or .csv, of one kind; found {paths or 'none'}")
-        rows = []
-        for path in paths:
-            with explain(f"{flag} {path}: cannot be read"):
-                rows += read_file(path, columns)
+        files = [*Path(source).glob("*"), *Path(source).glob("data/*")]  # hub snapshots have the latter
+        files = sorted(file for file in files if name.fullmatch(file.name))
+        if len({name.fullmatch(file.name)[2] for file in files}) != 1:
+            fail(f"{where}: needs {split}.parquet, .jsonl or .csv, of one kind; found {[file.name for file in files]}")
+        for file in files:
+            with explain(f"{flag} {file}: cannot be read"):
+                rows += read_file(str(file), columns)
     else:
         with explain(f"{where}: no such folder, and not on the hub"):
-            rows = load_from_disk(source)[split] if os.path.isdir(source) else load_dataset(source, split=split)
-            rows = list(rows.select_columns([column for column in columns if column in rows.column_names]))
+            data = load_from_disk(source)[split] if os.path.isdir(source) else load_dataset(source, split=split)
+            rows = list(data.select_columns([column for column in data.column_names if column in columns]))
     if not rows:
         fail(f"{where}: no rows")
     return rows
@@ -433,7 +393,7 @@ def load_tokenizer(path: str, flag: str):
     # pad == EOS the loss mask hides EOS as well, and the model never learns to stop.
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     if empty or tokenizer.eos_token_id in (None, tokenizer.pad_token_id):
-        fail(f"{flag} {path}: no tokenizer files, or no EOS token of its own, so that a response could never end")
+        fail(f"{flag} {path}: no tokenizer files, or no EOS token, so that a response could never end")
     return tokenizer
 
 
@@ -443,7 +403,7 @@ def encode(tokenizer, texts: list[str]) -> list[list[int]]:
 
 
 def bos_prefix(tokenizer) -> list[int]:
-    """[BOS] if the tokenizer begins a text with it (Llama), else []; many name a BOS token and never use it (Pythia)."""
+    """[BOS] if the tokenizer begins a text with it (Llama), else []; many name a BOS token without using it (Pythia)."""
     with_special = tokenizer("a")["input_ids"]
     return with_special[:1] if len(with_special) > 1 and with_special[0] == tokenizer.bos_token_id else []
 
@@ -456,7 +416,7 @@ def format_post(subreddit: str, title: str, post: str) -> tuple[str, str, str]:
 
 
 def make_queries(tokenizer, parts: list[tuple[str, str, str]], max_tokens: int) -> list[str]:
-    """Queries of at most `max_tokens` tokens from (head, body, tail); "" if even an empty body does not fit."""
+    """The queries of (head, body, tail) parts, each cut to at most `max_tokens` tokens."""
     room = max_tokens - len(bos_prefix(tokenizer))
     queries = ["".join(part) for part in parts]
     for i, ids in enumerate(encode(tokenizer, queries)):
@@ -466,7 +426,7 @@ def make_queries(tokenizer, parts: list[tuple[str, str, str]], max_tokens: int) 
 
 
 def truncate_query(tokenizer, head: str, body: str, tail: str, room: int) -> str:
-    """The query with the body cut so that `room` tokens suffice."""
+    """The query with its body cut to fit in `room` tokens; "" if even an empty body does not fit."""
     # Detail 2 (query truncation): cut the post at its last newline, again and again; if there is none, drop one
     # character at a time. Never a hard cut of tokens: it would lose the "TL;DR:" that asks for the summary.
     newlines = [match.start() for match in re.finditer("\n", body)]
@@ -475,7 +435,7 @@ def truncate_query(tokenizer, head: str, body: str, tail: str, room: int) -> str
     def num_tokens(length: int) -> int:
         return len(encode(tokenizer, [head + body[:length] + tail])[0])
 
-    # Found by bisection, then in the next few: a whole word can have fewer tokens than its beginning.
+    # By bisection, and then in the next few: a whole word can have fewer tokens than its beginning.
     fitting = bisect_right(lengths, room, key=num_tokens)
     for i in range(fitting, min(fitting + 50, len(lengths))):
         if num_tokens(lengths[i]) <= room:
@@ -498,23 +458,23 @@ def tokenize_posts(args, rows: list[dict], tokenizer) -> list[dict]:
     joined_ids = encode(tokenizer, [query + reference for query, reference in zip(queries, references)])
     bos = bos_prefix(tokenizer)
     posts = []
-    for row, text, query, reference, ids, both in zip(rows, texts, queries, references, query_ids, joined_ids):
-        post = {"id": text[0], "query": query, "reference": reference, "problem": ""}
-        post["query_tokens"] = np.array(bos + ids, dtype=np.int32)
-        post["tokens"] = np.array(bos + both + [tokenizer.eos_token_id], dtype=np.int32)
-        for name in fields[1:]:
-            if not isinstance(row.get(name), str):
-                post["problem"] = f"{name} is missing or not a text"
-        if not text[0].strip() or not reference.strip():
-            post["problem"] = "id or summary is empty"
+    for row, query, reference, ids, both in zip(rows, queries, references, query_ids, joined_ids):
+        query_tokens = np.array(bos + ids, dtype=np.int32)
+        tokens = np.array(bos + both + [tokenizer.eos_token_id], dtype=np.int32)
+        missing = [name for name in fields[1:] if not isinstance(row.get(name), str)]
+        missing += [name for name in ("id", "summary") if not str(row.get(name) or "").strip()]
+        problem = ""
+        if missing:
+            problem = f"{missing[0]} is missing or not a text"
         elif not query:
-            post["problem"] = f"the post cannot be cut to {args.max_query_length} query tokens (--max_query_length)"
+            problem = f"the post cannot be cut to {args.max_query_length} query tokens"
         # Detail 4 (lengths): a response that is too long is left out, not cut, since the cut would remove its EOS.
-        elif len(post["tokens"]) - len(post["query_tokens"]) > args.max_response_length:
-            post["problem"] = f"the summary is longer than {args.max_response_length} tokens (--max_response_length)"
-        elif len(post["tokens"]) > args.max_query_response_length:
-            post["problem"] = f"longer than {args.max_query_response_length} tokens (--max_query_response_length)"
-        posts.append(post)
+        elif len(tokens) - len(query_tokens) > args.max_response_length:
+            problem = f"the summary is longer than {args.max_response_length} tokens"
+        elif len(tokens) > args.max_query_response_length:
+            problem = f"longer than {args.max_query_response_length} tokens with its query"
+        post = dict(id=str(row.get("id")), query=query, reference=reference, problem=problem)
+        posts.append(post | dict(query_tokens=query_tokens, tokens=tokens))
     return posts
 
 
@@ -525,8 +485,8 @@ def load_posts(args, split: str, tokenizer, accelerator: Accelerator) -> list[di
     posts = []
     for start in range(0, len(rows), 1000):  # the tokenizer works on them in parallel
         posts += tokenize_posts(args, rows[start : start + 1000], tokenizer)
-    seen = set()
-    for post in posts:  # samples of different runs are joined by id
+    seen = set()  # the judge joins samples by id
+    for post in posts:
         if post["id"] in seen:
             post["problem"] = post["problem"] or "the id occurs twice"
         seen.add(post["id"])
@@ -534,7 +494,7 @@ def load_posts(args, split: str, tokenizer, accelerator: Accelerator) -> list[di
 
 
 def keep_usable(rows: list[dict], where: str, accelerator: Accelerator) -> list[dict]:
-    """Leave out the rows with a problem, and say how many, why, and which one is the first."""
+    """Leave out the rows with a problem; say how many, why, and which is the first."""
     problems = defaultdict(list)
     for row in rows:
         problems[row["problem"]].append(row)
@@ -561,9 +521,8 @@ def micro_batches(args, accelerator: Accelerator, rows: np.ndarray, lengths: np.
     # Similar lengths need little padding. The longest come first, so that a lack of memory shows at once. The order
     # does not change the gradient, since the loss is normalised over the global batch.
     rows = rows[np.argsort(-lengths[rows], kind="stable")]
-    size = args.local_micro_batch_size
-    first = accelerator.process_index * size
-    return [rows[i : i + size] for i in range(first, len(rows), accelerator.num_processes * size)]
+    cuts = range(args.local_micro_batch_size, len(rows), args.local_micro_batch_size)
+    return np.split(rows, cuts)[accelerator.process_index :: accelerator.num_processes]
 
 
 def pad_rows(rows: list, pad_token_id: int, side: str, device) -> torch.Tensor:
@@ -609,16 +568,17 @@ def write_text(path: str, text: str):
 
 @contextmanager
 def new_folder(folder: str):
-    """Write a folder atomically: gives a temporary name, renames it at the end, and removes it after an error."""
+    """Write a folder atomically: gives a temporary name, which is renamed at the end."""
+    temporary = f"{folder}.tmp"
     try:
         with explain(f"{folder} cannot be written: make room, then continue with --resume"):
-            shutil.rmtree(f"{folder}.tmp", ignore_errors=True)  # of a run that was killed
-            yield f"{folder}.tmp"
+            shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+            yield temporary
             os.sync()
             shutil.rmtree(folder, ignore_errors=True)
-            os.rename(f"{folder}.tmp", folder)
+            os.rename(temporary, folder)
     finally:
-        shutil.rmtree(f"{folder}.tmp", ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_flags(args, may_be_zero: str, any_number: str = ""):
@@ -627,9 +587,9 @@ def check_flags(args, may_be_zero: str, any_number: str = ""):
         if isinstance(value, str) and not (value.strip() and value.isprintable()):
             fail(f"--{name} {value!a}: not a printable text")
         if isinstance(value, (int, float)) and not isinstance(value, bool) and name not in any_number.split():
-            lowest = 0 if name in may_be_zero.split() else 1e-30
-            if not lowest <= value < 2**32:
-                fail(f"--{name} {value}: must be {'at least' if lowest == 0 else 'above'} 0 and below 2**32")
+            least = 0 if name in may_be_zero.split() else 1e-30
+            if not least <= value < 2**32:
+                fail(f"--{name} {value}: must be {'at least' if least == 0 else 'above'} 0 and below 2**32")
     if args.push_to_hub and not args.hf_repo_id:
         fail("--push_to_hub needs --hf_repo_id, the repository (user/name) to upload to")
 
@@ -655,12 +615,10 @@ def start_accelerator(args) -> Accelerator:
             import deepspeed
 
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled for minutes
-    accelerator = Accelerator(
-        gradient_accumulation_steps=steps,
-        mixed_precision=precision,
-        log_with="wandb" if args.track else None,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # for slow disks and hubs
-    )
+    options = dict(gradient_accumulation_steps=steps, mixed_precision=precision)
+    options |= dict(log_with="wandb") if args.track else {}
+    options |= dict(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))])  # for slow disks and hubs
+    accelerator = Accelerator(**options)
     if accelerator.state.deepspeed_plugin is not None:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         agree = config.get("gradient_accumulation_steps", "auto") in ("auto", steps)
@@ -692,7 +650,7 @@ def count_updates(episodes: int, batch_size: int, accelerator: Accelerator) -> i
 
 def open_run(args, accelerator: Accelerator, batch_size: int) -> dict:
     """Claim --output_dir and start the tracker. Returns args.json of the run to resume, or a new run_id."""
-    record = [{"run_id": uuid.uuid4().hex[:8]}]
+    record = [{"run_id": os.urandom(4).hex()}]
     where = f"--output_dir {args.output_dir}"
     if accelerator.is_main_process:
         with explain(f"{where} cannot be used"):
@@ -706,14 +664,13 @@ def open_run(args, accelerator: Accelerator, batch_size: int) -> dict:
                 pass  # a file system without locks
         names = [name for name in os.listdir(args.output_dir) if not re.fullmatch(r"\..*|wandb|.*\.log", name)]
         if args.resume and "args.json" in names:
-            with explain(f"{where}: its args.json is not of a run that --resume can continue"):
-                record = [json.load(open(f"{args.output_dir}/args.json", encoding="utf-8"))]
-                before = {name: value for name, value in record[0]["args"].items() if name not in MAY_CHANGE}
-                before |= {name: record[0][name] for name in ("script", "batch_size")}
             now = vars(args) | {"script": os.path.basename(__file__), "batch_size": batch_size}
+            with explain(f"{where}: its args.json is not of a run that --resume can continue"):
+                record = [json.loads(Path(f"{args.output_dir}/args.json").read_text())]
+                before = {name: (record[0] | record[0]["args"])[name] for name in now if name not in MAY_CHANGE}
             for name, value in before.items():
-                if now.get(name) != value:
-                    fail(f"{where} holds a run with {name} {value}, not {now.get(name)}: pass that, or another folder")
+                if now[name] != value:
+                    fail(f"{where} holds a run with {name} {value}, not {now[name]}: pass that, or another folder")
             record[0]["finished"] = "summary.json" in names
         elif names:
             fail(f"{where} is not empty ({min(names)}): name another folder, or continue its run with --resume")
@@ -753,14 +710,14 @@ def start_run(args, accelerator: Accelerator, record: dict, batch_size: int, dig
     if args.resume:
         accelerator.print(f"{args.output_dir}: resuming after update {update}")
     if accelerator.is_main_process:
-        path = f"{args.output_dir}/metrics.jsonl"
-        lines = open(path, encoding="utf-8").readlines() if os.path.exists(path) else []
+        path = Path(f"{args.output_dir}/metrics.jsonl")
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         if len(lines) < update:
             fail(f"{path} has {len(lines)} lines for {update} updates: put back what is missing")
-        write_text(path, "".join(lines[:update]))  # what follows the checkpoint is computed and logged again
+        write_text(str(path), "".join(lines[:update]))  # what follows the checkpoint is computed and logged again
         git = [shutil.which("git") or "false", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
         packages = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "tokenizers", "numpy")
-        record |= {"script": os.path.basename(__file__), "args": asdict(args), "command": sys.argv}
+        record |= {"script": os.path.basename(__file__), "args": vars(args), "command": sys.argv}
         record |= {"batch_size": batch_size, "digest": digest, "versions": {name: version(name) for name in packages}}
         record["git_commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
         record["launch"] = f"{accelerator.num_processes} x {accelerator.device}, {accelerator.distributed_type.value}"
@@ -851,25 +808,21 @@ def save_model(model, tokenizer, padding_side: str, output_dir: str):
 
 
 def finish_run(args, accelerator: Accelerator, summary: dict):
-    """Write the model card and summary.json, print the summary, upload if asked."""
+    """Write and print summary.json; with --push_to_hub, upload the model with a model card."""
     if accelerator.is_main_process:
-        folder = f"{args.output_dir}/model"
-        if os.path.isdir(folder):  # with --total_episodes 0 there is none
-            rows = "\n".join(f"| {name} | {value} |" for name, value in (summary | asdict(args)).items())
-            data = ModelCardData(library_name="transformers", pipeline_tag=CARD_TASK, tags=["rlhf", "summarization"])
-            text = f"---\n{data.to_yaml()}\n---\n{CARD_TEXT}\n\n| result or flag | value |\n|---|---|\n{rows}\n"
-            write_text(f"{folder}/README.md", text)
-        write_text(f"{args.output_dir}/summary.json", json.dumps(summary, indent=2) + "\n")
-        print(f"\n{args.exp_name}: results, also in {args.output_dir}/summary.json")
-        for name, value in summary.items():
-            print(f"  {name:<34}{value:.4f}" if isinstance(value, float) else f"  {name:<34}{value}")
+        text = json.dumps(summary, indent=2)
+        write_text(f"{args.output_dir}/summary.json", text + "\n")
+        print(f"{args.exp_name}: results, also in {args.output_dir}/summary.json\n{text}")
         if args.push_to_hub:
-            later = f"hf upload {args.hf_repo_id} {folder} ."
-            with explain(f"--push_to_hub: the upload failed, but the run is complete; later: {later}"):
+            folder = f"{args.output_dir}/model"
+            data = ModelCardData(library_name="transformers", pipeline_tag=CARD_TASK, tags=["rlhf", "summarization"])
+            card = f"---\n{data.to_yaml()}\n---\n{CARD_TEXT}\n\n```json\n{text}\n```\n"
+            with explain(f"--push_to_hub: failed; later: hf upload {args.hf_repo_id} {folder} ."):
+                Path(f"{folder}/README.md").write_text(card)
                 HfApi().create_repo(args.hf_repo_id, exist_ok=True)
                 HfApi().upload_folder(repo_id=args.hf_repo_id, folder_path=folder)
-                records = ["args.json", "metrics.jsonl"]
-                HfApi().upload_folder(repo_id=args.hf_repo_id, folder_path=args.output_dir, allow_patterns=records)
+                records = dict(folder_path=args.output_dir, allow_patterns=["args.json", "metrics.jsonl"])
+                HfApi().upload_folder(repo_id=args.hf_repo_id, **records)
     accelerator.end_training()
 
 
