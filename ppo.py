@@ -69,13 +69,8 @@ from pyarrow.parquet import ParquetFile
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    GenerationConfig,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import GenerationConfig
 
 
 @dataclass
@@ -714,7 +709,7 @@ def encode(tokenizer, texts: list[str]) -> list[list[int]]:
 
 
 def bos_prefix(tokenizer) -> list[int]:
-    """[BOS] if the tokenizer begins a text with it (Llama), else []; many name a BOS token without using it (Pythia)."""
+    """[BOS] if the tokenizer begins a text with it (Llama), else []; Pythia names a BOS token without using it."""
     with_special = tokenizer("a")["input_ids"]
     return with_special[:1] if len(with_special) > 1 and with_special[0] == tokenizer.bos_token_id else []
 
@@ -871,23 +866,25 @@ def rollout_metrics(args, batch: dict, eos_token_id: int) -> dict:
 def evaluate(args, accelerator: Accelerator, nets: Networks, posts: list[dict]) -> dict:
     """Sample and score a response to every post of the split; write samples_<split>.csv; return the means."""
     posts = posts[: args.max_eval_rows]
-    rank, n, size = accelerator.process_index, accelerator.num_processes, args.local_eval_batch_size
-    pad, eos = nets.tokenizer.pad_token_id, nets.tokenizer.eos_token_id
+    rank = accelerator.process_index
+    n = accelerator.num_processes
+    size = args.local_eval_batch_size
+    pad = nets.tokenizer.pad_token_id
+    eos = nets.tokenizer.eos_token_id
+    policy = accelerator.unwrap_model(nets.model).policy
     seed_everything(args.seed, rank, update=0)
     move_frozen(args, accelerator, nets, accelerator.device)
-    policy = accelerator.unwrap_model(nets.model).policy
     samples = []
     # Process i takes posts i, i + n, ... An offloaded model needs all processes in every pass, so all make as many: one
     # without posts left repeats the first and does not count it.
     for start in tqdm(range(0, math.ceil(len(posts) / n), size), desc="evaluation", disable=rank > 0):
         mine = posts[rank::n][start : start + size]
-        rows = mine or posts[:1]
-        query_tokens = [post["query_tokens"] for post in rows]
-        queries, responses = sample_responses(
-            args, accelerator, policy, nets.tokenizer, query_tokens, args.eval_temperature, size
-        )
+        tokens = [post["query_tokens"] for post in mine or posts[:1]]
+        sampled = sample_responses(args, accelerator, policy, nets.tokenizer, tokens, args.eval_temperature, size)
+        queries, responses = sampled
         found = score(args, accelerator, nets, queries, responses)
-        references = pad_rows([post["tokens"] for post in rows], pad, "right", accelerator.device)  # (B, T), with query
+        references = [post["tokens"] for post in mine or posts[:1]]
+        references = pad_rows(references, pad, "right", accelerator.device)  # (B, T), query and reference
         with accelerator.autocast(), torch.no_grad():
             reference_scores = nets.reward_model(references, last_token_idx(references, pad)).squeeze(1)
         columns = {
@@ -899,14 +896,14 @@ def evaluate(args, accelerator: Accelerator, nets: Networks, posts: list[dict]) 
         }
         texts = nets.tokenizer.batch_decode(responses, skip_special_tokens=True)
         for i, post in enumerate(mine):
-            sample = {"id": post["id"], "query": post["query"], "response": texts[i].strip()}
-            sample |= {"reference": post["reference"].strip()}
-            samples.append(sample | {name: column[i].item() for name, column in columns.items()})
+            numbers = {name: column[i].item() for name, column in columns.items()}
+            samples.append(post | numbers | {"response": texts[i].strip(), "reference": post["reference"].strip()})
     parts = gather_object([samples])
     if rank > 0:
         return {}
-    samples = pd.DataFrame([parts[i % n][i // n] for i in range(len(posts))])  # in the order of the split again
-    show_samples(samples[:3].to_dict("records"))
+    samples = [parts[i % n][i // n] for i in range(len(posts))]  # in the order of the split again
+    show_samples(samples[:3])
+    samples = pd.DataFrame(samples)
     table = samples[["id", "query", "response", "reference", "score", "reference_score"]]
     csv_text = table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC)  # an unquoted "\r" in a text would end its row
     write_text(f"{args.output_dir}/samples_{args.eval_split}.csv", csv_text)
@@ -1036,8 +1033,6 @@ def open_run(args, accelerator: Accelerator, batch_size: int) -> dict:
                 accelerator.lock.acquire(timeout=0)  # until the process ends
             except Timeout:
                 fail(f"{where} is in use by another run: wait for it to end, or name another folder")
-            except NotImplementedError:
-                pass  # a file system without locks
         names = [name for name in os.listdir(args.output_dir) if not re.fullmatch(r"\..*|wandb|.*\.log", name)]
         if args.resume and "args.json" in names:
             now = vars(args) | {"script": os.path.basename(__file__), "batch_size": batch_size}
@@ -1064,12 +1059,11 @@ def open_run(args, accelerator: Accelerator, batch_size: int) -> dict:
 
 def fingerprint(rows: list[dict], model) -> str:
     """A digest of the training data and the initial weights: a resumed run must start from the same."""
+    arrays = [value for row in rows for value in row.values() if isinstance(value, np.ndarray)]
+    arrays += [parameter.detach().flatten()[:1000].numpy() for parameter in model.parameters()]
     digest = hashlib.sha256()
-    for row in rows:
-        for value in row.values():
-            digest.update(value.tobytes() if isinstance(value, np.ndarray) else b"")
-    for parameter in model.parameters():
-        digest.update(parameter.detach().flatten()[:1000].numpy().tobytes())
+    for array in arrays:
+        digest.update(array.tobytes())
     return digest.hexdigest()
 
 

@@ -486,7 +486,7 @@ def encode(tokenizer, texts: list[str]) -> list[list[int]]:
 
 
 def bos_prefix(tokenizer) -> list[int]:
-    """[BOS] if the tokenizer begins a text with it (Llama), else []; many name a BOS token without using it (Pythia)."""
+    """[BOS] if the tokenizer begins a text with it (Llama), else []; Pythia names a BOS token without using it."""
     with_special = tokenizer("a")["input_ids"]
     return with_special[:1] if len(with_special) > 1 and with_special[0] == tokenizer.bos_token_id else []
 
@@ -839,8 +839,6 @@ def open_run(args, accelerator: Accelerator, batch_size: int) -> dict:
                 accelerator.lock.acquire(timeout=0)  # until the process ends
             except Timeout:
                 fail(f"{where} is in use by another run: wait for it to end, or name another folder")
-            except NotImplementedError:
-                pass  # a file system without locks
         names = [name for name in os.listdir(args.output_dir) if not re.fullmatch(r"\..*|wandb|.*\.log", name)]
         if args.resume and "args.json" in names:
             now = vars(args) | {"script": os.path.basename(__file__), "batch_size": batch_size}
@@ -867,12 +865,11 @@ def open_run(args, accelerator: Accelerator, batch_size: int) -> dict:
 
 def fingerprint(rows: list[dict], model) -> str:
     """A digest of the training data and the initial weights: a resumed run must start from the same."""
+    arrays = [value for row in rows for value in row.values() if isinstance(value, np.ndarray)]
+    arrays += [parameter.detach().flatten()[:1000].numpy() for parameter in model.parameters()]
     digest = hashlib.sha256()
-    for row in rows:
-        for value in row.values():
-            digest.update(value.tobytes() if isinstance(value, np.ndarray) else b"")
-    for parameter in model.parameters():
-        digest.update(parameter.detach().flatten()[:1000].numpy().tobytes())
+    for array in arrays:
+        digest.update(array.tobytes())
     return digest.hexdigest()
 
 
