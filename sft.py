@@ -39,8 +39,8 @@ import subprocess
 import sys
 import time
 from bisect import bisect_right
-from collections import defaultdict
-from contextlib import contextmanager, nullcontext
+from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
@@ -374,14 +374,14 @@ def read_file(path: str, columns: list[str]) -> list[dict]:
         with open(path, "rb") as file:
             table = ParquetFile(file)
             return table.read([name for name in table.schema_arrow.names if name in columns]).to_pylist()
+    rows = []
     with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
-        if path.removesuffix(".gz").endswith(".csv"):
+        if ".csv" in path[-7:]:
             return pd.read_csv(file, dtype=str, keep_default_na=False).to_dict("records")
-        rows = []
         for number, line in enumerate(file, start=1):
-            with explain(f"{path}, line {number}: not JSON"):
-                rows.append(json.loads(line))
-        return rows
+            with explain(f"{path}, line {number}: not a JSON object"):
+                rows.append(dict(json.loads(line)))
+    return rows
 
 
 def load_tokenizer(path: str, flag: str):
@@ -494,14 +494,12 @@ def load_posts(args, split: str, tokenizer, accelerator: Accelerator) -> list[di
 
 
 def keep_usable(rows: list[dict], where: str, accelerator: Accelerator) -> list[dict]:
-    """Leave out the rows with a problem; say how many, why, and which is the first."""
-    problems = defaultdict(list)
-    for row in rows:
-        problems[row["problem"]].append(row)
-    usable = problems.pop("", [])
+    """Leave out the rows with a problem; say how many, and why."""
+    usable = [row for row in rows if not row["problem"]]
     accelerator.print(f"{where}: {len(usable):,} of {len(rows):,} rows can be used")
-    for problem, group in problems.items():
-        accelerator.print(f"  left out: {len(group):,} x {problem} (first id: {group[0]['id']})")
+    for problem, number in Counter(row["problem"] for row in rows if row["problem"]).items():
+        first = next(row["id"] for row in rows if row["problem"] == problem)
+        accelerator.print(f"  left out: {number:,} x {problem} (first id: {first})")
     if not usable:
         fail(f"{where}: no usable row; the first problem is: {rows[0]['problem']}")
     return usable
@@ -639,15 +637,6 @@ def start_accelerator(args) -> Accelerator:
     return accelerator
 
 
-def count_updates(episodes: int, batch_size: int, accelerator: Accelerator) -> int:
-    """The number of whole batches in `episodes`."""
-    note = "" if batch_size == PAPER_BATCH_SIZE else f" (the paper's batch is {PAPER_BATCH_SIZE})"
-    accelerator.print(f"{episodes // batch_size} updates of {batch_size}{note}; {episodes % batch_size} are left over")
-    if 0 < episodes < batch_size:
-        fail(f"{episodes} episodes do not fill one batch of {batch_size}: lower --local_micro_batch_size")
-    return episodes // batch_size
-
-
 def open_run(args, accelerator: Accelerator, batch_size: int) -> dict:
     """Claim --output_dir and start the tracker. Returns args.json of the run to resume, or a new run_id."""
     record = [{"run_id": os.urandom(4).hex()}]
@@ -745,7 +734,17 @@ def save_or_stop(args, accelerator: Accelerator, update: int, num_updates: int, 
     # A scheduler may signal one process only. All must stop after the same update, or the others would wait for it.
     number = int(accelerator.gather(torch.tensor([max(signals, default=0)], device=accelerator.device)).max())
     if number or (args.save_every and (update % args.save_every == 0 or update == num_updates)):
-        save_checkpoint(args, accelerator, update)
+        # Networks and optimizer are all there is to save: the data order, every random number and the learning rate are
+        # functions of seed, process and update.
+        folder = f"{args.output_dir}/checkpoints/update_{update:08d}"
+        main = accelerator.is_main_process
+        with new_folder(folder) if main else explain(f"{folder} cannot be written"):
+            accelerator.wait_for_everyone()
+            accelerator.save_state(f"{folder}.tmp")
+            accelerator.wait_for_everyone()
+        for older in checkpoints(args)[: -args.keep] if main else []:
+            shutil.rmtree(older)
+        accelerator.wait_for_everyone()
     if number:
         accelerator.print(f"{signal.Signals(number).name}: update {update} is saved, --resume continues after it")
         raise SystemExit(128 + number)
@@ -756,21 +755,6 @@ def checkpoints(args) -> list[str]:
     folder = f"{args.output_dir}/checkpoints"
     names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     return [f"{folder}/{name}" for name in names if re.fullmatch(r"update_\d{8}", name)]
-
-
-def save_checkpoint(args, accelerator: Accelerator, update: int):
-    """Write OUTPUT_DIR/checkpoints/update_N atomically, and remove all but the newest --keep."""
-    # Networks and optimizer are all there is to save: the data order, every random number and the learning rate are
-    # functions of seed, process and update.
-    folder = f"{args.output_dir}/checkpoints/update_{update:08d}"
-    with new_folder(folder) if accelerator.is_main_process else nullcontext(f"{folder}.tmp") as temporary:
-        accelerator.wait_for_everyone()
-        accelerator.save_state(temporary)
-        accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        for older in checkpoints(args)[: -args.keep]:
-            shutil.rmtree(older)
-    accelerator.wait_for_everyone()
 
 
 def log_metrics(metrics: dict, args, accelerator: Accelerator):
@@ -805,21 +789,19 @@ def save_model(model, tokenizer, padding_side: str, output_dir: str):
 
 
 def finish_run(args, accelerator: Accelerator, summary: dict):
-    """Write and print summary.json; with --push_to_hub, upload the model with a model card."""
+    """Write and print summary.json; with --push_to_hub, upload the model with a card, args.json and metrics.jsonl."""
+    folder = f"{args.output_dir}/model"
     if accelerator.is_main_process:
         text = json.dumps(summary, indent=2)
         write_text(f"{args.output_dir}/summary.json", text + "\n")
         print(f"{args.exp_name}: results, also in {args.output_dir}/summary.json\n{text}")
-        if args.push_to_hub:
-            folder = f"{args.output_dir}/model"
-            data = ModelCardData(library_name="transformers", pipeline_tag=CARD_TASK, tags=["rlhf", "summarization"])
-            card = f"---\n{data.to_yaml()}\n---\n{CARD_TEXT}\n\n```json\n{text}\n```\n"
-            with explain(f"--push_to_hub: failed; later: hf upload {args.hf_repo_id} {folder} ."):
-                Path(f"{folder}/README.md").write_text(card)
-                HfApi().create_repo(args.hf_repo_id, exist_ok=True)
-                HfApi().upload_folder(repo_id=args.hf_repo_id, folder_path=folder)
-                records = dict(folder_path=args.output_dir, allow_patterns=["args.json", "metrics.jsonl"])
-                HfApi().upload_folder(repo_id=args.hf_repo_id, **records)
+    if args.push_to_hub and accelerator.is_main_process:
+        data = ModelCardData(library_name="transformers", pipeline_tag=CARD_TASK, tags=["rlhf", "summarization"])
+        with explain(f"--push_to_hub: failed; later: hf upload {args.hf_repo_id} {folder} ."):
+            Path(f"{folder}/README.md").write_text(f"---\n{data.to_yaml()}\n---\n{CARD_TEXT}\n\n```json\n{text}\n```\n")
+            HfApi().create_repo(args.hf_repo_id, exist_ok=True)
+            for path, files in ((folder, None), (args.output_dir, ["args.json", "metrics.jsonl"])):
+                HfApi().upload_folder(repo_id=args.hf_repo_id, folder_path=path, allow_patterns=files)
     accelerator.end_training()
 
 
@@ -837,7 +819,10 @@ def main():
     sampling = args.run_eval or args.print_samples_every > 0
     eval_posts = load_posts(args, args.eval_split, tokenizer, accelerator) if sampling else []
     episodes = len(posts) * args.num_train_epochs if args.total_episodes is None else args.total_episodes
-    num_updates = count_updates(episodes, batch_size, accelerator)
+    num_updates = episodes // batch_size
+    accelerator.print(f"{num_updates} updates of {batch_size} (the paper's batch: {PAPER_BATCH_SIZE})")
+    if 0 < episodes < batch_size:
+        fail(f"{episodes} rows do not fill one batch of {batch_size}: lower --local_micro_batch_size")
 
     # 2. Model and optimizer.
     positions = max(args.max_query_response_length, (args.max_query_length + args.response_length) * sampling)
