@@ -1,6 +1,7 @@
 """A judge for tests: a real local HTTP server that speaks OpenAI's chat-completions protocol, well or badly."""
 
 import json
+import random
 import re
 import socket
 import threading
@@ -9,7 +10,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-# Written anew and not taken from eval_judge.py: these headings are a protocol that other programs rely on.
+import numpy as np
+
+# Written again and not taken from eval_judge.py: these headings are a protocol that other programs rely on.
 PROMPT = re.compile(
     r"\A(?P<intro>.*?)^### Post:\n(?P<post>.*?)\n\n### Summary A:\n(?P<a>.*?)\n\n### Summary B:\n(?P<b>.*?)\n\n"
     r"### Instructions:\n(?P<rest>.*)\Z",
@@ -105,13 +108,39 @@ class FakeJudge:
 
     def answer(self, body, content, sent_key, tries) -> Fault:
         if self.key is not None and sent_key != self.key:  # a careless server that repeats what it was given
-            return Fault(401, json.dumps({"error": {"message": f"Incorrect API key: {sent_key}"}}))
+            return Fault(401, error_body(f"Incorrect API key: {sent_key}"))
         if body["model"] != self.model:
-            return Fault(404, json.dumps({"error": {"message": f"no model {body['model']}"}}))
+            return Fault(404, error_body(f"no model {body['model']}"))
         return self.fault(content, tries) or reply(self.verdict(*parts_of(content)))
 
 
-def reply(text, **rest) -> Fault:
-    """A well-formed chat completion with this text."""
-    choice = {"index": 0, "message": {"role": "assistant", "content": text}}
+def error_body(message, **more) -> str:
+    """What a server sends with an error."""
+    return json.dumps({"error": {"message": message} | more})
+
+
+def reply(text, finish_reason="stop", **rest) -> Fault:
+    """A well-formed chat completion with this text, or with another content."""
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}
     return Fault(200, json.dumps({"id": "x", "object": "chat.completion", "choices": [choice]}), **rest)
+
+
+# ---- Samples with known winners ----
+def make_rows(n, tag="r", seed=0):
+    """Rows with known winners: a summary's quality is the number in it, and lengths vary."""
+    rng = random.Random(seed)
+    rows = [{"id": f"t3_{i}", "query": f"TITLE: post {i}\n\nPOST: It is {i}.\n\nTL;DR:"} for i in range(n)]
+    for row in rows:
+        for column in ("response", "reference"):
+            row[column] = f" {tag} text {rng.randrange(1000)}" + " word" * rng.randrange(8)
+    return rows
+
+
+def better(post, a, b):
+    """A fair judge by quality."""
+    qualities = [int(re.search(r"\d+", text)[0]) for text in (a, b)]
+    return f"Comparison: one is better.\nPreferred: {'A' if qualities[0] > qualities[1] else 'B'}"
+
+
+def expected_scores(rows):
+    return np.array([float(better("", row["response"], row["reference"])[-1] == "A") for row in rows])
