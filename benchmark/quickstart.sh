@@ -4,10 +4,10 @@
 #   bash benchmark/quickstart.sh                 # about four minutes on two cores, after the installation
 #   SEED=2 bash benchmark/quickstart.sh          # another seed of the training; OUT=FOLDER names another folder
 #   SIZE=smoke bash benchmark/quickstart.sh      # an easier world and a third of the data: about two minutes, for tests
-#   PROCESSES=2 bash benchmark/quickstart.sh     # training in two processes under DeepSpeed ZeRO-2, with the same batches;
+#   PROCESSES=2 bash benchmark/quickstart.sh     # two processes under DeepSpeed ZeRO-2, with the same batches;
 #                                                # CONFIG=FILE names another launcher configuration
 #
-# Ends with a table and $OUT/judge/report.png. A stage that is complete is not repeated; one that was interrupted goes on.
+# Ends with a table and $OUT/judge/report.png. A stage that is complete is not repeated; an interrupted one continues.
 # SPLIT=validation evaluates on the other split (give it an OUT of its own); WORLD=FOLDER names the world's folder.
 # The settings differ from the paper's in some flags, set below; benchmark/README.md says which and why.
 set -euo pipefail
@@ -40,37 +40,34 @@ stage() {
   echo "== $name: log in $OUT/$name.log"
   local start=$SECONDS
   # Progress bars go to the terminal, everything a reader may want later into the log.
-  "$@" > "$OUT/$name.log" || { tail -n 5 "$OUT/$name.log"; echo "error: $name failed, see $OUT/$name.log" >&2; exit 1; }
+  attached "$@" > "$OUT/$name.log" || {
+    tail -n 5 "$OUT/$name.log"; echo "error: $name failed, see $OUT/$name.log" >&2; exit 1; }
   echo $((SECONDS - start)) > "$OUT/$name.seconds"
 }
 
 # What the tiny environment needs, and the paper does not: a model that starts from random weights learns with one
 # learning rate of 1e-3 (not 3e-6) after a short warm-up, in small batches, and SFT looks at the response only.
-tiny=(--seed "$SEED" --query_dataset "$WORLD/posts" --lr 1e-3 --eval_split "$SPLIT" --run_eval --local_eval_batch_size 200)
-tiny+=(--resume)  # goes on with a stage that was interrupted
+tiny=(--resume --seed "$SEED" --query_dataset "$WORLD/posts" --lr 1e-3 --eval_split "$SPLIT" --run_eval)
+tiny+=(--local_eval_batch_size 200)
 tiny_lm=(--warm_up_steps 20 --local_micro_batch_size $((16 / PROCESSES)))
 
-stage world "$WORLD" tiny_env.json python benchmark/tiny_env.py --output_dir "$WORLD" ${world[@]+"${world[@]}"}
+stage world "$WORLD" tiny_env.json \
+  python benchmark/tiny_world/tiny_env.py --output_dir "$WORLD" ${world[@]+"${world[@]}"}
 stage sft "$OUT/sft" summary.json "${launch[@]}" sft.py "${tiny[@]}" "${tiny_lm[@]}" --base_model "$WORLD/base_model" \
   --total_episodes $sft_rows --response_loss_only --response_length 28 --output_dir "$OUT/sft"
-stage reward "$OUT/reward" summary.json "${launch[@]}" reward.py "${tiny[@]}" "${tiny_lm[@]}" --sft_model_path "$OUT/sft" \
-  --label_dataset "$WORLD/comparisons" --total_episodes $pairs --normalization_rows $norm --output_dir "$OUT/reward"
+stage reward "$OUT/reward" summary.json "${launch[@]}" reward.py "${tiny[@]}" "${tiny_lm[@]}" \
+  --sft_model_path "$OUT/sft" --label_dataset "$WORLD/comparisons" --total_episodes $pairs --normalization_rows $norm \
+  --output_dir "$OUT/reward"
 stage ppo "$OUT/ppo" summary.json "${launch[@]}" ppo.py "${tiny[@]}" --sft_model_path "$OUT/sft" \
   --reward_model_path "$OUT/reward" --total_episodes $episodes --local_micro_batch_size $((64 / PROCESSES)) \
   --gradient_accumulation_steps 2 --local_rollout_forward_batch_size 128 --response_length 28 --output_dir "$OUT/ppo"
 
 # The judge is a real server on this machine; eval_judge.py asks it as it would ask any other.
-judge() {
-  rm -rf "$OUT/judge.url" "$OUT/judge"
-  python benchmark/tiny_judge.py --env_dir "$WORLD" --port 0 > "$OUT/judge.url" & local server=$!
-  trap "kill $server 2> /dev/null || true" RETURN EXIT
-  until grep -q http "$OUT/judge.url"; do kill -0 $server 2> /dev/null || return 1; sleep 0.2; done
-  local url; url=$(grep -o 'http[^ ]*' "$OUT/judge.url")
-  python eval_judge.py --samples "$OUT/sft/samples_$SPLIT.csv" "$OUT/ppo/samples_$SPLIT.csv" --judge_base_url "$url" \
-    --judge_model tiny-gold-1 --tokenizer "$OUT/sft/model" --output_dir "$OUT/judge"
-}
-stage judge "$OUT/judge" summary.json judge
+[ -e "$OUT/judge/summary.json" ] || rm -rf "$OUT/judge"
+samples=("$OUT/sft/samples_$SPLIT.csv" "$OUT/ppo/samples_$SPLIT.csv")
+stage judge "$OUT/judge" summary.json python benchmark/tiny_world/tiny_judge.py --env_dir "$WORLD" --port 0 -- \
+  python eval_judge.py --samples "${samples[@]}" --judge_base_url URL --judge_model tiny-gold-1 \
+  --tokenizer "$OUT/sft/model" --output_dir "$OUT/judge"
 
-python benchmark/gold.py --env_dir "$WORLD" --output "$OUT/gold.json" \
-  "$OUT/sft/samples_$SPLIT.csv" "$OUT/ppo/samples_$SPLIT.csv" > "$OUT/gold.log"
-python benchmark/quickstart_table.py "$OUT" --split "$SPLIT"
+python benchmark/tiny_world/quickstart_table.py "$OUT" --env_dir "$WORLD" --split "$SPLIT"
+echo "win rates are the tiny judge's, with 95% intervals; the picture is $OUT/judge/report.png"

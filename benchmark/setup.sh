@@ -1,4 +1,5 @@
-# Sourced by the other scripts: makes .venv in the project's root once, activates it, and goes to the root.
+# Sourced by the other scripts: makes .venv in the project's root once, activates it, goes to the root, and defines
+# `attached`.
 # Needs python 3.11 or later and nothing else. PYTHON names another interpreter (default: python3).
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -18,3 +19,8 @@ fi
 
 # The scripts' libraries speak of things that matter elsewhere; their errors still show.
 export TOKENIZERS_PARALLELISM=true TRANSFORMERS_VERBOSITY=error
+
+# attached COMMAND...: a command that gets SIGTERM when this shell is gone, by SIGKILL too (on Linux).
+attached() {
+  if command -v setpriv > /dev/null; then setpriv --pdeathsig TERM "$@"; else "$@"; fi
+}

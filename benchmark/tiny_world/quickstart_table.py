@@ -1,111 +1,113 @@
 """
-The last table of benchmark/quickstart.sh: what every stage reached and how long it took.
+The last table of benchmark/quickstart.sh; of several seeds, one table of all.
 
-    python benchmark/quickstart_table.py runs/quickstart/full-seed1 --split test
+    python benchmark/tiny_world/quickstart_table.py runs/quickstart/full-seed1
+    for seed in 1 2 3; do SEED=$seed bash benchmark/quickstart.sh; done
+    python benchmark/tiny_world/quickstart_table.py runs/quickstart/full-seed[123] --output FILE.json
 
-Reads what the stages wrote (summary.json, metrics.jsonl, gold.json, STAGE.seconds), prints a table, and writes all of it
-as one flat record to FOLDER/quickstart.json, which `benchmark/quickstart_seeds.py` gathers over seeds. Every figure is
-read from a file of the run; nothing is computed here but the comparison by length, defined in `by_length`.
+Reads what the stages wrote: summary.json, metrics.jsonl, samples, STAGE.seconds.
 """
 
 import json
-import os
+import sys
 from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Optional
 
 import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from benchmark.systems.processes import describe_machine, write_atomically  # noqa: E402
+from benchmark.tiny_world.gold import load_samples, measure  # noqa: E402
+from benchmark.tiny_world.tiny_env import load_facts  # noqa: E402
 
 
 @dataclass
 class Args:
-    folder: tyro.conf.Positional[str]
-    """output folder of quickstart.sh"""
-    split: str = "test"
-    """split that was evaluated"""
+    folders: tyro.conf.Positional[tuple[Path, ...]]  # output folders of quickstart.sh
+    env_dir: Path = Path("runs/quickstart/full-world")  # the world
+    split: str = "test"  # split that was evaluated
+    output: Optional[Path] = None  # JSON file for the records
 
 
-def read_json(*parts: str) -> dict:
-    """A JSON file of the run."""
-    with open(os.path.join(*parts), encoding="utf-8") as file:
-        return json.load(file)
+# (what, key in the record, format): a row of the table each.
+ROWS = (
+    ("SFT win rate against references", "sft/win_rate", "{:.3f}"),
+    ("PPO win rate against references", "ppo/win_rate", "{:.3f}"),
+    ("SFT win rate at equal length", "sft/length_controlled_win_rate", "{:.3f}"),
+    ("PPO win rate at equal length", "ppo/length_controlled_win_rate", "{:.3f}"),
+    ("SFT win rate against thorough references", "sft/win_rate_thorough", "{:.3f}"),
+    ("PPO win rate against thorough references", "ppo/win_rate_thorough", "{:.3f}"),
+    ("SFT gold score", "sft/gold", "{:.2f}"),
+    ("PPO gold score", "ppo/gold", "{:.2f}"),
+    ("RM accuracy on held-out pairs", "reward/eval/accuracy", "{:.3f}"),
+    ("SFT response tokens", "sft/length", "{:.1f}"),
+    ("PPO response tokens", "ppo/length", "{:.1f}"),
+    ("share of PPO responses with EOS", "ppo/eos_share", "{:.3f}"),
+    ("KL at the first update", "ppo/kl_first", "{:.6f}"),
+    ("KL at the last update", "ppo/kl_last", "{:.2f}"),
+    ("largest distance of a first ratio from 1", "ppo/ratio_first_dev_largest", "{:.1e}"),
+    ("seconds: SFT", "seconds/sft", "{:.0f}"),
+    ("seconds: reward model", "seconds/reward", "{:.0f}"),
+    ("seconds: PPO", "seconds/ppo", "{:.0f}"),
+    ("seconds: all, with world and judge", "seconds/all", "{:.0f}"),
+)
 
 
-def by_length(sft: dict, ppo: dict) -> dict:
-    """
-    PPO against SFT at equal length, from the judge's bins of log(response tokens / reference tokens).
-
-    Returns in how many bins with posts of both PPO's interval lies wholly below SFT's, how many such bins there are, and
-    the mean difference of the win rates over them, weighted by the smaller of the two counts of a bin.
-    """
-    pairs = [(s, p) for s, p in zip(sft["by_length"], ppo["by_length"]) if s["n"] and p["n"]]
-    below = sum(p["win_rate_ci95"][1] < s["win_rate_ci95"][0] for s, p in pairs)
-    weights = [min(s["n"], p["n"]) for s, p in pairs]
-    differences = [p["win_rate"] - s["win_rate"] for s, p in pairs]
-    pooled = sum(w * d for w, d in zip(weights, differences)) / sum(weights) if pairs else None
-    return {"bins_compared": len(pairs), "bins_ppo_below": below, "pooled_difference": pooled}
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
-def collect(folder: str, split: str) -> dict:
+def collect(folder: Path, split: str, facts_of: dict) -> dict:
     """Everything about one run of the quickstart, as a flat record."""
-    record = {"folder": folder, "split": split, "seed": read_json(folder, "ppo", "args.json")["seed"]}
-    judged, gold = read_json(folder, "judge", "summary.json"), read_json(folder, "gold.json")
-    files = {stage: os.path.join(folder, stage, f"samples_{split}.csv") for stage in ("sft", "ppo")}
-    for stage, path in files.items():
-        result, truth = judged["samples"][path], gold[path]
-        record |= {f"{stage}/win_rate": result["win_rate"], f"{stage}/win_rate_ci95": result["win_rate_ci95"]}
-        record |= {f"{stage}/length": result["mean_response_tokens"], f"{stage}/gold": truth["gold"]}
-        record |= {f"{stage}/gold_ci95": truth["gold_ci95"], f"{stage}/invented_share": truth["invented_share"]}
-        record |= {f"{stage}/win_rate_thorough": truth["win_rate_thorough"]}
-    record |= {f"by_length/{name}": value for name, value in by_length(*(judged["samples"][f] for f in files.values())).items()}
-    reward = read_json(folder, "reward", "summary.json")
-    for name in ("eval/accuracy", "eval/accuracy_low", "eval/accuracy_high", "eval/accuracy_cnndm", "normalization_offset"):
-        record[f"reward/{name}"] = reward[name]
-    ppo = read_json(folder, "ppo", "summary.json")
-    with open(os.path.join(folder, "ppo", "metrics.jsonl"), encoding="utf-8") as file:
-        updates = [line for line in map(json.loads, file) if "objective/kl" in line]
-    record |= {"ppo/kl_first": updates[0]["objective/kl"], "ppo/kl_last": updates[-1]["objective/kl"]}
-    record["ppo/kl_largest"] = max(line["objective/kl"] for line in updates)
-    record["ppo/ratio_first_dev_largest"] = max(line["val/ratio_first_dev"] for line in updates)
+    record = {"seed": read_json(folder / "ppo" / "args.json")["args"]["seed"], "split": split}
+    judged = read_json(folder / "judge" / "summary.json")["samples"]
+    for path, found in judged.items():
+        stage, gold = Path(path).parent.name, measure(load_samples(path, facts_of), facts_of)
+        record |= {f"{stage}/length": found["mean_response_tokens"], f"{stage}/gold": gold["gold"]}
+        for name in ("win_rate", "win_rate_ci95", "length_controlled_win_rate"):
+            record[f"{stage}/{name}"] = found[name]
+        for name in ("gold_ci95", "invented_share", "win_rate_thorough"):
+            record[f"{stage}/{name}"] = gold[name]
+    reward = read_json(folder / "reward" / "summary.json")
+    record |= {"reward/eval/accuracy": reward["eval/accuracy"]}
+    record["reward/eval/accuracy_ci95"] = [reward["eval/accuracy_low"], reward["eval/accuracy_high"]]
+    ppo = read_json(folder / "ppo" / "summary.json")
     record |= {"ppo/eos_share": ppo["eval/eos_share"], "ppo/score": ppo["eval/score"], "ppo/eval_kl": ppo["eval/kl"]}
-    for stage in ("world", "sft", "reward", "ppo", "judge"):
-        seconds = os.path.join(folder, f"{stage}.seconds")  # missing where the stage was found complete
-        record[f"seconds/{stage}"] = int(open(seconds).read()) if os.path.exists(seconds) else None
-    return record
+    lines = (folder / "ppo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    updates = [line for line in map(json.loads, lines) if "objective/kl" in line]
+    record |= {"ppo/kl_first": updates[0]["objective/kl"], "ppo/kl_last": updates[-1]["objective/kl"]}
+    record["ppo/ratio_first_dev_largest"] = max(line["val/ratio_first_dev"] for line in updates)
+    seconds = {f"seconds/{path.stem}": int(path.read_text()) for path in folder.glob("*.seconds")}
+    return record | seconds | {"seconds/all": sum(seconds.values())}
 
 
-def print_table(record: dict, report: str):
-    """The table that the quickstart ends with."""
-
-    def percent(name: str) -> str:
-        low, high = record[f"{name}_ci95"]
-        return f"{record[name]:6.1%} [{low:.1%}, {high:.1%}]"
-
-    def seconds(stage: str) -> str:
-        value = record[f"seconds/{stage}"]
-        return f"{value:5d} s" if value is not None else "  kept"
-
-    print(f"\n{'stage':<8}{'time':>7}   {'win rate against references':<28}{'gold':>6}{'tokens':>8}{'KL':>7}   more")
-    for stage in ("sft", "reward", "ppo"):
-        if stage == "reward":
-            accuracy = tuple(record[f"reward/eval/accuracy{end}"] for end in ("", "_low", "_high"))
-            print(f"{stage:<8}{seconds(stage)}   accuracy on held-out pairs {accuracy[0]:.1%} [{accuracy[1]:.1%}, {accuracy[2]:.1%}]")
-            continue
-        kl = f"{record['ppo/eval_kl']:7.2f}" if stage == "ppo" else "       "
-        line = f"{stage:<8}{seconds(stage)}   {percent(f'{stage}/win_rate'):<28}{record[f'{stage}/gold']:6.2f}"
-        more = f"{record[f'{stage}/win_rate_thorough']:.1%} against thorough references"
-        print(f"{line}{record[f'{stage}/length']:8.1f}{kl}   {more}")
-    total = sum(record[f"seconds/{stage}"] or 0 for stage in ("world", "sft", "reward", "ppo", "judge"))
-    print(f"{'total':<8}{total:5d} s   (world {seconds('world').strip()}, judge {seconds('judge').strip()})")
-    print(f"\nwin rates are the tiny judge's, with 95% intervals; the picture is {report}")
+def table(records: list[dict]) -> str:
+    """A column per seed; an interval stands behind a figure that has one."""
+    rows = [["", *(f"seed {record['seed']}" for record in records)]]
+    for what, key, form in ROWS:
+        cells = [what]
+        for record in records:
+            value, bounds = record.get(key), record.get(f"{key}_ci95")
+            interval = f" [{', '.join(map(form.format, bounds))}]" if bounds else ""
+            cells.append("" if value is None else form.format(value) + interval)
+        rows.append(cells)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, ["-" * width for width in widths])
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows]
+    return "\n".join(f"| {line} |" for line in lines)
 
 
 def main():
     args = tyro.cli(Args, use_underscores=True, description=__doc__)
-    record = collect(args.folder, args.split)
-    path = os.path.join(args.folder, "quickstart.json")
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        json.dump(record, file, indent=2)
-    os.replace(f"{path}.tmp", path)
-    print_table(record, os.path.join(args.folder, "judge", "report.png"))
+    facts_of = load_facts(str(args.env_dir))
+    records = [collect(folder, args.split, facts_of) for folder in args.folders]
+    if args.output:
+        result = {"command": "bash benchmark/quickstart.sh", "date": date.today().isoformat()}
+        result |= {"hardware": describe_machine(), "runs": records}
+        write_atomically(args.output, json.dumps(result, indent=2))
+    print(table(records))
 
 
 if __name__ == "__main__":

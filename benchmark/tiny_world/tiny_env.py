@@ -1,38 +1,37 @@
-"""The embedded tiny environment: a world of made-up posts in which the quality of a summary is known exactly.
+"""
+The tiny world: made-up posts in which the quality of a summary is known exactly.
 
-What it is. CartPole for RLHF: `sft.py`, `reward.py`, `ppo.py` and `eval_judge.py` run on the folder that this script
-writes as they run on the real TL;DR data, with paths for flags and no special case. The folder holds posts with
-reference summaries, human-like comparisons in OpenAI's schema, a byte-level BPE tokenizer trained on that text, and a
-randomly initialised GPT-NeoX (Pythia's architecture) that is trained from nothing in minutes on two CPU cores.
+sft.py, reward.py, ppo.py and eval_judge.py run on the folder that this script writes as they run on the real TL;DR
+data. It holds posts with reference summaries, human-like comparisons in OpenAI's schema, a byte-level BPE tokenizer
+trained on that text, and a randomly initialised GPT-NeoX (Pythia's architecture) that is trained from scratch in
+minutes on two CPU cores.
 
-The world. A post states six facts: who did what, where, over how much money, how the author feels and what they ask.
-A good summary states the facts of its post, and no others, briefly: `gold_score` defines that in numbers. As in the
-real data, most reference summaries are vague, some carry an error, and the labels of comparisons are noisy: a worker
+A post states six facts: who did what, where, over how much money, how the author feels and what they ask. A good
+summary states the facts of its post, and no others, briefly: `gold_score` defines that in numbers. As in the real
+data, most reference summaries are vague, some carry an error, and the labels of comparisons are noisy: a worker
 prefers the left summary with probability sigmoid(label_beta * (gold left - gold right)). So supervised fine-tuning,
-which imitates references, learns to be vague, and a policy that is trained against a reward model can do better than
-its references by saying more of what is true. That is the effect the real pipeline is about.
+which imitates references, learns to be vague, and a policy that is trained against a reward model can do better
+than its references.
 
-    python benchmark/tiny_env.py --output_dir runs/tiny_env                     # the size of the quickstart
-    python benchmark/tiny_env.py --output_dir runs/hard --num_facts 9 --num_values 24 --distractor_share 0.6 \\
-        --max_fillers 4 --paraphrase_share 0.5 --hidden_size 128 --num_layers 4 # a harder world, a larger model
+    python benchmark/tiny_world/tiny_env.py --output_dir runs/tiny_env          # the size of the quickstart
+    python benchmark/tiny_world/tiny_env.py --output_dir runs/hard --num_facts 9 --num_values 24 \\
+        --distractor_share 0.6 --max_fillers 4 --paraphrase_share 0.5 --hidden_size 128 --num_layers 4
 
 What is written:
     posts/{train,validation,test}.parquet            id, subreddit, title, post, summary
     comparisons/{train,validation,test}.parquet      OpenAI's schema; validation_cnndm.parquet is the CNN/DM form
     facts/{train,validation,test,validation_cnndm}.jsonl     what the gold score and the judge read
     base_model/                                      config, safetensors and tokenizer
-    tiny_env.json                                    settings, counts, statistics, sha256 of every file; written last
+    tiny_env.json                                    settings, counts, statistics; written last
 
-What it can show: that a pipeline is right, what an implementation detail is worth when everything else is held fixed,
-and how a proxy reward parts from a known truth. What it cannot show: anything about language. There are a few hundred
-words, a fact is stated with the very word that a summary has to use (or, with `--paraphrase_share`, with one other word
-for it), the gold score reads phrases and not meaning, and its annotators are one formula. Figures found here do not
-carry over to models of a billion parameters.
+It can show that a pipeline is right, what an implementation detail is worth when everything else is held fixed, and
+how a proxy reward departs from a known truth. It shows nothing about language: there are a few hundred words, the
+gold score reads phrases and not meaning, and its annotators are one formula. Figures found here do not carry over
+to large models.
 
 Same flags, same library versions: same bytes.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -41,220 +40,150 @@ import re
 import shutil
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Iterator, Optional
 
 import tyro
-from tqdm import tqdm
 
-# torch, transformers, tokenizers and pyarrow are imported by the functions that need them: the judge imports this file
-# for `gold_score` alone, and should be up in a moment.
+# torch, transformers, tokenizers and pyarrow are imported where they are needed: the judge imports this file for
+# `gold_score` alone, and should be up in a moment.
 
 WORLD_VERSION = 1  # raised when the same flags give another world, so that an older folder is not taken for this one
 
 
 @dataclass
 class Args:
-    output_dir: str
-    """the folder to write; a complete one made with the same flags is left as it is"""
-    seed: int = 1
-    """seed of posts, references and comparisons"""
-    model_seed: int = 1
-    """seed of the base model's random weights"""
-
-    # how much data
-    num_train_posts: int = 24000
-    """posts (with references) to train on"""
-    num_validation_posts: int = 600
-    """posts to choose settings on"""
-    num_test_posts: int = 600
-    """posts to report on, once"""
-    num_train_pairs: int = 32000
-    """comparisons to train on; they are about the train posts"""
-    num_validation_pairs: int = 2000
-    """comparisons about the validation posts"""
-    num_test_pairs: int = 2000
-    """comparisons about the test posts"""
-    num_cnndm_pairs: int = 300
-    """comparisons in CNN/DM form (news articles instead of posts), for validation only"""
-
-    # how hard the world is
-    num_facts: int = 6
-    """facts that a post states (6 to 9): more facts make posts and good summaries longer"""
-    num_values: int = 12
-    """values that a fact can take (4 to 24): fewer examples of each"""
-    distractor_share: float = 0.25
-    """share of posts that also mention, in passing, a value that is not a fact"""
-    max_fillers: int = 2
-    """a post has 0 to this many sentences that are beside the point (0 to 6)"""
+    output_dir: str  # the folder to write; a complete one made with the same flags is left as it is
+    seed: int = 1  # seed of posts, references and comparisons
+    model_seed: int = 1  # seed of the base model's random weights
+    # ---- How much data ----
+    num_train_posts: int = 24000  # posts (with references) to train on
+    num_validation_posts: int = 600  # posts to choose settings on
+    num_test_posts: int = 600  # posts to report on, once
+    num_train_pairs: int = 32000  # comparisons to train on; they are about the train posts
+    num_validation_pairs: int = 2000  # comparisons about the validation posts
+    num_test_pairs: int = 2000  # comparisons about the test posts
+    num_cnndm_pairs: int = 300  # comparisons in CNN/DM form (news articles instead of posts), for validation only
+    # ---- How hard the world is ----
+    num_facts: int = 6  # facts that a post states (6 to 9): more facts make posts and good summaries longer
+    num_values: int = 12  # values that a fact can take (4 to 24): fewer examples of each
+    distractor_share: float = 0.25  # share of posts that also mention, in passing, a value that is not a fact
+    max_fillers: int = 2  # a post has 0 to this many sentences that are beside the point (0 to 6)
     paraphrase_share: float = 0.0
     """chance that a post says a value in another word than summaries do (amounts, things, cities, jobs: never)"""
-
-    # how good references and labels are
-    vague_share: float = 0.6
-    """share of references that leave most facts out"""
-    wrong_value_share: float = 0.04
-    """chance of each value in a reference to be wrong"""
-    label_beta: float = 0.4
-    """a worker prefers the left summary with probability sigmoid(label_beta * gold margin)"""
-
-    # the base model (GPT-NeoX)
-    hidden_size: int = 64
-    """width of the model"""
-    num_layers: int = 2
-    """number of layers; copying a fact takes two"""
-    num_heads: int = 4
-    """attention heads; must divide the width into even parts"""
-    initializer_range: float = 0.1
-    """standard deviation of the random weights"""
+    # ---- How good references and labels are ----
+    vague_share: float = 0.6  # share of references that leave most facts out
+    wrong_value_share: float = 0.04  # chance of each value in a reference to be wrong
+    label_beta: float = 0.4  # a worker prefers the left summary with probability sigmoid(label_beta * gold margin)
+    # ---- The base model (GPT-NeoX) ----
+    hidden_size: int = 64  # width of the model
+    num_layers: int = 2  # number of layers; copying a fact takes two
+    num_heads: int = 4  # attention heads; must divide the width into even parts
+    initializer_range: float = 0.1  # standard deviation of the random weights
     max_position_embeddings: int = 2048
     """longest query and response together, in tokens; as Pythia's, it costs nothing (positions are rotary) and leaves
     room for the length limits that the scripts have by default"""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The world: constant tables
-# ----------------------------------------------------------------------------------------------------------------------
-
-
+# ---- The world: constant tables --------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Slot:
     """One kind of fact. A value is one lower-case word that no other slot, filler or template uses."""
 
     weight: float  # what a right value adds to the gold score
-    values: tuple[str, ...]
-    lead_ins: tuple[str, ...]  # a summary states a value right after one of these words, else it is no statement
+    lead_in: str  # a summary states a value right after this word, else it is no statement
     clause: str  # how a summary states it; empty where a slot has no clause of its own
+    values: tuple[str, ...]
     statements: tuple[str, ...]  # sentences by which a post states the fact
     distractors: tuple[str, ...]  # sentences by which a post mentions a value that is not its fact
 
 
-WHO_VALUES = tuple(
-    "boss sister brother roommate landlord neighbor cousin coworker uncle teacher girlfriend boyfriend mother father "
-    "aunt friend nephew tenant mechanic plumber coach doctor grandma stepdad".split()
-)
+def words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
 
 # The order matters: `--num_facts N` takes the first N. `who` has no sentence of its own: it stands in the event's.
 SLOTS: dict[str, Slot] = {
     "who": Slot(
-        1.0,
-        WHO_VALUES,
-        ("my",),
-        "",
+        1.0, "my", "",
+        words("""boss sister brother roommate landlord neighbor cousin coworker uncle teacher girlfriend boyfriend
+            mother father aunt friend nephew tenant mechanic plumber coach doctor grandma stepdad"""),
         (),
         ("My {v} says it is normal.", "My {v} told me to post here."),
     ),
     "event": Slot(
-        2.0,
-        tuple(
-            "lied cheated yelled vanished cried gambled snored proposed laughed drank smoked fainted panicked argued "
-            "cursed overslept objected meddled spied flirted bragged whined screamed sulked".split()
-        ),
-        ("just",),
-        "",
+        2.0, "just", "",
+        words("""lied cheated yelled vanished cried gambled snored proposed laughed drank smoked fainted panicked
+            argued cursed overslept objected meddled spied flirted bragged whined screamed sulked"""),
         ("My {who} {v} last week.", "It began when my {who} {v}.", "So my {who} {v} again.", "Then my {who} {v}."),
         ("A year ago somebody else {v}.", "Nobody else ever {v}."),
     ),
     "ask": Slot(
-        1.5,
-        tuple(
-            "leave apologize wait complain sue pay quit stay move confess cancel retaliate forgive interfere resign "
-            "listen refuse agree respond testify intervene relocate negotiate surrender".split()
-        ),
-        ("i",),
-        " Should I {v}?",
+        1.5, "i", " Should I {v}?",
+        words("""leave apologize wait complain sue pay quit stay move confess cancel retaliate forgive interfere
+            resign listen refuse agree respond testify intervene relocate negotiate surrender"""),
         ("Should I {v}?", "Part of me wants to {v}.", "Would it be wrong to {v}?", "I think I have to {v}."),
         ("Everybody tells me not to {v}.", "I will never {v}."),
     ),
     "feeling": Slot(
-        1.0,
-        tuple(
-            "angry sad scared guilty jealous lonely proud tired confused ashamed nervous hurt hopeful bored shocked "
-            "relieved furious anxious bitter helpless numb worried annoyed happy".split()
-        ),
-        ("feel",),
-        " I feel {v}.",
+        1.0, "feel", " I feel {v}.",
+        words("""angry sad scared guilty jealous lonely proud tired confused ashamed nervous hurt hopeful bored
+            shocked relieved furious anxious bitter helpless numb worried annoyed happy"""),
         ("Now I feel {v}.", "I am so {v}.", "Honestly I am {v} all day.", "It makes me {v}."),
         ("My family seems {v}.", "People look {v} to me."),
     ),
     "place": Slot(
-        0.8,
-        tuple(
-            "office kitchen wedding party school gym church airport hospital beach hotel bar garden library museum "
-            "station market theater zoo bakery farm pool bank court".split()
-        ),
-        ("the",),
-        " at the {v}",
+        0.8, "the", " at the {v}",
+        words("""office kitchen wedding party school gym church airport hospital beach hotel bar garden library
+            museum station market theater zoo bakery farm pool bank court"""),
         ("It was at the {v}.", "We were at the {v} then.", "It happened at the {v}."),
         ("I am typing this near the {v}.", "I grew up behind the {v}."),
     ),
     "amount": Slot(
-        1.0,
-        tuple(
-            "40 50 60 70 80 90 110 120 150 180 200 250 300 350 400 450 500 550 600 650 700 750 800 900".split()
-        ),
-        ("over",),
-        " over {v} dollars",
+        1.0, "over", " over {v} dollars",
+        words("""40 50 60 70 80 90 110 120 150 180 200 250 300 350 400 450 500 550 600 650 700 750 800 900"""),
         ("It is about {v} dollars.", "There are {v} dollars at stake.", "I could lose {v} dollars."),
         ("My rent is {v} dollars.", "I earn {v} dollars a day."),
     ),
     "item": Slot(
-        1.0,
-        tuple(
-            "car phone laptop guitar bike sofa camera ring piano ticket lamp watch key desk boat tent drone mirror "
-            "blender helmet jacket violin scooter fridge".split()
-        ),
-        ("a",),
-        " with a {v}",
+        1.0, "a", " with a {v}",
+        words("""car phone laptop guitar bike sofa camera ring piano ticket lamp watch key desk boat tent drone
+            mirror blender helmet jacket violin scooter fridge"""),
         ("There was a {v} involved.", "A {v} is part of it.", "It all turns on a {v}."),
         ("I once sold a {v}.", "I want a {v} for my birthday."),
     ),
     "city": Slot(
-        0.8,
-        tuple(
-            "paris london boston denver tokyo berlin madrid dublin austin seattle oslo rome vienna prague cairo lima "
-            "delhi sydney toronto chicago dallas miami atlanta lisbon".split()
-        ),
-        ("in",),
-        " in {v}",
+        0.8, "in", " in {v}",
+        words("""paris london boston denver tokyo berlin madrid dublin austin seattle oslo rome vienna prague cairo
+            lima delhi sydney toronto chicago dallas miami atlanta lisbon"""),
         ("We live in {v}.", "All this is in {v}.", "I moved to {v} for this."),
         ("I was born in {v}.", "I have never seen {v}."),
     ),
     "job": Slot(
-        1.0,
-        tuple(
-            "nurse pilot baker lawyer waiter painter butcher tailor barber dentist chemist clerk guard sailor singer "
-            "dancer florist janitor cashier courier welder carpenter jeweler surgeon".split()
-        ),
-        ("as",),
-        " I work as {v}.",
+        1.0, "as", " I work as {v}.",
+        words("""nurse pilot baker lawyer waiter painter butcher tailor barber dentist chemist clerk guard sailor
+            singer dancer florist janitor cashier courier welder carpenter jeweler surgeon"""),
         ("I work as {v}.", "I earn my money as {v}.", "They hired me as {v}."),
         ("I hate every {v}.", "I never wanted to be a {v}."),
     ),
-}
+}  # fmt: skip
 # The other word by which a post may say a value, in the order of the values. A summary has to use the value itself: in
 # it the other word states nothing and counts as junk. So copying is not enough, the pairs of words have to be learned.
 PARAPHRASES: dict[str, tuple[str, ...]] = {
-    "who": tuple(
-        "manager sis bro flatmate proprietor neighbour kinsman colleague relative tutor gf bf mom dad auntie "
-        "buddy nibling lodger repairman pipefitter trainer physician granny stepfather".split()
-    ),
-    "event": tuple(
-        "fibbed swindled shouted disappeared wept wagered wheezed knelt giggled boozed puffed collapsed freaked "
-        "quarreled swore dozed protested intruded snooped wooed boasted moaned shrieked pouted".split()
-    ),
-    "ask": tuple(
-        "depart repent linger grumble litigate reimburse stop remain migrate admit scrap avenge pardon obstruct "
-        "abdicate heed decline consent answer attest mediate resettle bargain capitulate".split()
-    ),
-    "feeling": tuple(
-        "mad unhappy afraid remorseful envious isolated smug exhausted puzzled embarrassed jittery wounded "
-        "optimistic listless stunned reassured enraged uneasy resentful powerless deadened concerned irritated "
-        "glad".split()
-    ),
-    "place": tuple(
-        "workplace galley nuptials bash academy gymnasium chapel airfield clinic seaside inn pub yard archive "
-        "gallery depot bazaar playhouse menagerie patisserie ranch lido treasury tribunal".split()
-    ),
+    "who": words("""manager sis bro flatmate proprietor neighbour kinsman colleague relative tutor gf bf mom
+        dad auntie buddy nibling lodger repairman pipefitter trainer physician granny stepfather"""),
+    "event": words("""fibbed swindled shouted disappeared wept wagered wheezed knelt giggled boozed puffed
+        collapsed freaked quarreled swore dozed protested intruded snooped wooed boasted moaned
+        shrieked pouted"""),
+    "ask": words("""depart repent linger grumble litigate reimburse stop remain migrate admit scrap avenge
+        pardon obstruct abdicate heed decline consent answer attest mediate resettle bargain
+        capitulate"""),
+    "feeling": words("""mad unhappy afraid remorseful envious isolated smug exhausted puzzled embarrassed jittery
+        wounded optimistic listless stunned reassured enraged uneasy resentful powerless deadened
+        concerned irritated glad"""),
+    "place": words("""workplace galley nuptials bash academy gymnasium chapel airfield clinic seaside inn pub
+        yard archive gallery depot bazaar playhouse menagerie patisserie ranch lido treasury
+        tribunal"""),
 }
 
 # A thorough summary is one sentence about what happened, with its circumstances, and then short sentences of their own.
@@ -263,19 +192,11 @@ SENTENCES = ("job", "feeling", "ask")  # clauses that are sentences of their own
 
 # Sentences beside the point, in posts and in poor summaries, with the word by which the gold score knows them.
 FILLERS = {
-    "weather": "The weather was nice.",
-    "coffee": "I had coffee first.",
-    "dog": "My dog is fine.",
-    "traffic": "There was traffic.",
-    "pizza": "We had pizza.",
-    "music": "Some music was on.",
-}
+    "weather": "The weather was nice.", "coffee": "I had coffee first.", "dog": "My dog is fine.",
+    "traffic": "There was traffic.", "pizza": "We had pizza.", "music": "Some music was on.",
+}  # fmt: skip
 # Talk about the post itself: harmless in a post, noise in a summary.
-GLUE = {
-    "thanks": "Thanks for reading.",
-    "sorry": "Sorry for the long post.",
-    "throwaway": "Throwaway account.",
-}
+GLUE = {"thanks": "Thanks for reading.", "sorry": "Sorry for the long post.", "throwaway": "Throwaway account."}
 
 # Vague references with their chances. The first is likelier than every other way to begin a summary, thorough ones
 # included, so that greedy decoding of a model that imitates references is vague, as it is with real data.
@@ -300,11 +221,7 @@ SUMMARY_WORDS = frozenset(re.findall(r"[a-z]+", re.sub(r"\{\w+\}", "", " ".join(
 SLOT_OF = {value: name for name, slot in SLOTS.items() for value in slot.values}  # value word -> its slot
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The gold score
-# ----------------------------------------------------------------------------------------------------------------------
-
-
+# ---- The gold score --------------------------------------------------------------------------------------------------
 def read_statements(summary: str, facts: dict[str, str]) -> dict[str, list[str]]:
     """Sort the words of a summary by what they are worth.
 
@@ -320,7 +237,7 @@ def read_statements(summary: str, facts: dict[str, str]) -> dict[str, list[str]]
             if word in found["right"] or word in found["wrong"]:
                 found["again"].append(word)
             # A heap of value words is no summary: without its lead-in ("my", "at the", ...) a value states nothing.
-            elif previous not in SLOTS[name].lead_ins:
+            elif previous != SLOTS[name].lead_in:
                 found["bare"].append(word)
             else:
                 found["right" if facts.get(name) == word else "wrong"].append(word)
@@ -370,11 +287,7 @@ def format_query(subreddit: str, title: str, post: str) -> str:
     return f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Posts and references
-# ----------------------------------------------------------------------------------------------------------------------
-
-
+# ---- Posts and references --------------------------------------------------------------------------------------------
 def draw_facts(rng: random.Random, args: Args) -> dict[str, str]:
     """One value for each of the first `num_facts` slots."""
     return {name: rng.choice(SLOTS[name].values[: args.num_values]) for name in list(SLOTS)[: args.num_facts]}
@@ -487,7 +400,6 @@ def make_posts(args: Args, split: str, count: int, seen: set) -> list[dict]:
     # A stream of its own for every split: more train posts leave validation and test as they are.
     rng = random.Random(f"posts {args.seed} {split}")
     posts: list[dict] = []
-    bar = tqdm(total=count, desc=f"posts, {split}")
     while len(posts) < count:
         facts = draw_facts(rng, args)
         distractors = draw_distractors(rng, args, facts)
@@ -500,40 +412,25 @@ def make_posts(args: Args, split: str, count: int, seen: set) -> list[dict]:
         if text in seen:
             continue
         seen.add(text)
-        posts.append(
-            {
-                "id": f"tiny_{split}_{len(posts):06d}",
-                "subreddit": rng.choice(SUBREDDITS),
-                "title": title,
-                "post": text,
-                "summary": summary.strip(),  # detail 3: reference summaries lack the leading space, comparisons have it
-                "facts": facts,
-                "distractors": distractors,
-                "reference_kind": kind,
-            }
-        )
-        bar.update()
-    bar.close()
+        post = {"id": f"tiny_{split}_{len(posts):06d}", "subreddit": rng.choice(SUBREDDITS)}
+        # Detail 3: reference summaries lack the leading space, the texts of comparisons have it.
+        post |= {"title": title, "post": text, "summary": summary.strip()}
+        post |= {"facts": facts, "distractors": distractors, "reference_kind": kind}
+        posts.append(post)
     return posts
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Comparisons
-# ----------------------------------------------------------------------------------------------------------------------
-
-
+# ---- Comparisons -----------------------------------------------------------------------------------------------------
 def write_by_policy(rng: random.Random, args: Args, post: dict, stranger: dict) -> tuple[str, str]:
     """(policy, text) of a summary by one of several writers with different faults; `stranger` is another post."""
     facts, distractors = post["facts"], post["distractors"]
     # Each writer has one fault that PPO could fall into: a reward model that never saw it could not punish it.
     policy = rng.choice(("full", "partial", "vague", "slip", "inventor", "rambler", "repeater", "other_post"))
     some = drop_facts(rng, facts, 0.6)
-    if policy == "full":
-        text = say_thorough(rng, facts)
-    elif policy == "partial":
-        text = say_thorough(rng, some)
-    elif policy == "vague":
+    if policy == "vague":
         text = say_vague(rng, facts)
+    elif policy in ("full", "partial"):
+        text = say_thorough(rng, facts if policy == "full" else some)
     elif policy == "slip":
         text = say_thorough(rng, alter(rng, args, some, rng.sample(list(some), 1), distractors))
     elif policy == "inventor":
@@ -616,7 +513,6 @@ def make_comparisons(args: Args, split: str, count: int, posts: list[dict]) -> l
     rng = random.Random(f"comparisons {args.seed} {split}")
     name_of_split = {"train": "train", "validation": "valid1", "test": "valid2"}[split]
     rows: list[dict] = []
-    bar = tqdm(total=count, desc=f"comparisons, {split}")
     while len(rows) < count:
         post = posts[len(rows) % len(posts)]  # in turn, so that no post is left out before another comes twice
         batch, pair = draw_pair(rng, args, post, rng.choice(posts))
@@ -625,8 +521,6 @@ def make_comparisons(args: Args, split: str, count: int, posts: list[dict]) -> l
         info = {name: post[name] for name in ("id", "post", "title", "subreddit")}
         info |= {"article": None, "site": None}  # columns of the CNN/DM rows
         rows.append(comparison_row(rng, args, info, batch, name_of_split, pair, post["facts"]))
-        bar.update()
-    bar.close()
     return rows
 
 
@@ -660,11 +554,7 @@ def facts_row(post: dict, query: str) -> dict:
     return {"id": post["id"], "query": query} | {k: post[k] for k in ("reference_kind", "facts", "distractors")}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tokenizer and base model
-# ----------------------------------------------------------------------------------------------------------------------
-
-
+# ---- Tokenizer and base model ----------------------------------------------------------------------------------------
 def train_tokenizer(texts: Iterator[str], folder: str, max_length: int) -> int:
     """Byte-level BPE as Pythia's: EOS is id 0 and there is no pad token (the scripts bring their own, detail 3)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -723,49 +613,34 @@ def write_base_model(args: Args, vocab_size: int, folder: str) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Writing
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def post_schema():
-    """Columns of the posts files."""
-    import pyarrow as pa
-
-    return pa.schema([(name, pa.string()) for name in ("id", "subreddit", "title", "post", "summary")])
-
-
-def comparison_schema():
+# ---- Writing ---------------------------------------------------------------------------------------------------------
+def write_comparisons(rows: list[dict], path: str) -> None:
     """OpenAI's schema. Types are named, since a column of nulls (article, site) would otherwise lose its own."""
-    import pyarrow as pa
-
-    text = pa.string()
-    return pa.schema(
-        [
-            ("info", pa.struct([(n, text) for n in ("id", "post", "title", "subreddit", "article", "site")])),
-            ("summaries", pa.list_(pa.struct([(n, text) for n in ("text", "policy", "note")]))),
-            ("choice", pa.int64()),
-            ("worker", text),
-            ("batch", text),
-            ("split", text),
-            ("extra", pa.struct([("confidence", pa.int64())])),
-        ]
-    )
-
-
-def write_parquet(rows: list[dict], schema, path: str) -> None:
-    """One parquet file; keys that the schema lacks are left out."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    # The schema is given and not guessed: a column that happens to be empty would get the type "null".
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    text = pa.string()
+    fields = {
+        "info": pa.struct([(name, text) for name in ("id", "post", "title", "subreddit", "article", "site")]),
+        "summaries": pa.list_(pa.struct([(name, text) for name in ("text", "policy", "note")])),
+        "choice": pa.int64(),
+        "worker": text,
+        "batch": text,
+        "split": text,
+        "extra": pa.struct([("confidence", pa.int64())]),
+    }
+    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(list(fields.items()))), path)
+
+
+def write_posts(rows: list[dict], path: str) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema([(name, pa.string()) for name in ("id", "subreddit", "title", "post", "summary")])
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
 
 
-def write_jsonl(rows: list[dict], path: str) -> None:
-    """One JSON object per line."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+def write_facts(rows: list[dict], path: str) -> None:
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
@@ -774,17 +649,14 @@ def describe_posts(posts: list[dict]) -> dict:
     """What the references of one split are worth."""
     scores = [gold_score(post["summary"], post["facts"]) for post in posts]
     thorough = [score for score, post in zip(scores, posts) if post["reference_kind"] == "thorough"]
-    return {
-        "posts": len(posts),
-        "vague_share": round(1 - len(thorough) / len(posts), 4),
-        "reference_gold": round(sum(scores) / len(scores), 4),
-        "thorough_reference_gold": round(sum(thorough) / max(1, len(thorough)), 4),
-    }
+    about = {"posts": len(posts), "vague_share": round(1 - len(thorough) / len(posts), 4)}
+    about["reference_gold"] = round(sum(scores) / len(scores), 4)
+    return about | {"thorough_reference_gold": round(sum(thorough) / max(1, len(thorough)), 4)}
 
 
-def describe_comparisons(rows: list[dict], facts_of: dict[str, dict]) -> dict:
+def describe_comparisons(rows: list[dict], facts: list[dict]) -> dict:
     """How far labels agree with the gold score: what a perfect judge reaches, and so the ceiling of a reward model."""
-    agree = 0.0
+    facts_of, agree = {row["id"]: row["facts"] for row in facts}, 0.0
     for row in rows:
         left, right = (gold_score(summary["text"], facts_of[row["info"]["id"]]) for summary in row["summaries"])
         agree += 0.5 if left == right else float((right > left) == bool(row["choice"]))
@@ -793,61 +665,33 @@ def describe_comparisons(rows: list[dict], facts_of: dict[str, dict]) -> dict:
 
 def build(args: Args, folder: str) -> dict:
     """Write everything but the manifest under `folder`; returns counts and statistics for the manifest."""
-    about: dict = {}
-    posts: dict[str, list[dict]] = {}
-    seen: set = set()
+    for name in ("posts", "comparisons", "facts", "base_model"):
+        os.makedirs(f"{folder}/{name}")
+    about, posts, seen = {}, {}, set()
     # Test first: what is seen is never drawn again, so the small splits do not depend on the size of the large one.
-    for split, count in (
-        ("test", args.num_test_posts),
-        ("validation", args.num_validation_posts),
-        ("train", args.num_train_posts),
-    ):
-        posts[split] = make_posts(args, split, count, seen)
-    for split, pairs in (
-        ("train", args.num_train_pairs),
-        ("validation", args.num_validation_pairs),
-        ("test", args.num_test_pairs),
-    ):
-        comparisons = make_comparisons(args, split, pairs, posts[split])
+    for split in ("test", "validation", "train"):
+        posts[split] = make_posts(args, split, getattr(args, f"num_{split}_posts"), seen)
+    for split in ("train", "validation", "test"):
+        comparisons = make_comparisons(args, split, getattr(args, f"num_{split}_pairs"), posts[split])
         facts = [facts_row(post, format_query(post["subreddit"], post["title"], post["post"])) for post in posts[split]]
-        write_parquet(posts[split], post_schema(), f"{folder}/posts/{split}.parquet")
-        write_parquet(comparisons, comparison_schema(), f"{folder}/comparisons/{split}.parquet")
-        write_jsonl(facts, f"{folder}/facts/{split}.jsonl")
-        facts_of = {row["id"]: row["facts"] for row in facts}
-        about[split] = {**describe_posts(posts[split]), **describe_comparisons(comparisons, facts_of)}
-
-    cnndm, cnndm_facts = make_cnndm(args, args.num_cnndm_pairs)
-    write_parquet(cnndm, comparison_schema(), f"{folder}/comparisons/validation_cnndm.parquet")
-    write_jsonl(cnndm_facts, f"{folder}/facts/validation_cnndm.jsonl")
-    about["validation_cnndm"] = describe_comparisons(cnndm, {row["id"]: row["facts"] for row in cnndm_facts})
-
+        write_posts(posts[split], f"{folder}/posts/{split}.parquet")
+        write_comparisons(comparisons, f"{folder}/comparisons/{split}.parquet")
+        write_facts(facts, f"{folder}/facts/{split}.jsonl")
+        about[split] = describe_posts(posts[split]) | describe_comparisons(comparisons, facts)
+    cnndm, facts = make_cnndm(args, args.num_cnndm_pairs)
+    write_comparisons(cnndm, f"{folder}/comparisons/validation_cnndm.parquet")
+    write_facts(facts, f"{folder}/facts/validation_cnndm.jsonl")
+    about["validation_cnndm"] = describe_comparisons(cnndm, facts)
     # A few thousand posts hold every word of the world many times over; more would change no merge that matters.
     sample = posts["train"][:4000]
     texts = (format_query(p["subreddit"], p["title"], p["post"]) + " " + p["summary"] for p in sample)
     vocab_size = train_tokenizer(texts, f"{folder}/base_model", args.max_position_embeddings)
     parameters = write_base_model(args, vocab_size, f"{folder}/base_model")
-    about["base_model"] = {"tokenizer_size": vocab_size, "parameters": parameters}
-    return about
+    return about | {"base_model": {"tokenizer_size": vocab_size, "parameters": parameters}}
 
 
-def digest(folder: str) -> dict[str, str]:
-    """sha256 of every file of the environment, by its path inside the folder."""
-    sums = {}
-    for part in PARTS:
-        for root, _, names in os.walk(os.path.join(folder, part)):
-            for name in names:
-                path = os.path.join(root, name)
-                with open(path, "rb") as file:
-                    key = os.path.relpath(path, folder).replace(os.sep, "/")
-                    sums[key] = hashlib.sha256(file.read()).hexdigest()
-    return dict(sorted(sums.items()))
+# ---- Main 
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Main
-# ----------------------------------------------------------------------------------------------------------------------
-
-PARTS = ("posts", "comparisons", "facts", "base_model")  # what the folder holds beside its manifest
 MANIFEST = "tiny_env.json"
 
 
@@ -857,104 +701,76 @@ def fail(message: str) -> None:
     sys.exit(2)
 
 
+def load_facts(env_dir: str) -> dict[str, dict]:
+    """{id: facts row}, of every split of a folder that this script has written."""
+    rows = {}  # ids are unique over the splits
+    for path in sorted(Path(env_dir, "facts").glob("*.jsonl")):
+        try:
+            with open(path, encoding="utf-8") as file:
+                rows |= {row["id"]: row for row in map(json.loads, file)}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            fail(f"{path} cannot be read as facts ({error})")
+    # The manifest is written last: without it the folder is no world, or not yet.
+    if not rows or not os.path.exists(os.path.join(env_dir, MANIFEST)):
+        fail(f"{env_dir} is no tiny world; benchmark/tiny_world/tiny_env.py makes such a folder")
+    return rows
+
+
 def check_args(args: Args) -> None:
     """Refuse flags that make no world, before anything is written."""
-    for name in ("posts", "pairs"):
-        for split in ("train", "validation", "test"):
-            if getattr(args, f"num_{split}_{name}") < 1:
-                fail(f"--num_{split}_{name} must be at least 1")
-    bounds = {
-        "num_cnndm_pairs": (1, 10**9),
-        "num_facts": (6, len(SLOTS)),
-        "num_values": (4, 24),
-        "max_fillers": (0, len(FILLERS)),
-        "distractor_share": (0, 1),
-        "paraphrase_share": (0, 1),
-        "vague_share": (0, 1),
-        "wrong_value_share": (0, 1),
-        "label_beta": (0, 100),
-        "num_layers": (1, 1000),
-        "num_heads": (1, args.hidden_size),
-    }
+    bounds = {name: (1, 10**9) for name in vars(args) if name.startswith("num_")}
+    bounds |= {name: (0, 1) for name in vars(args) if name.endswith("_share")}
+    bounds |= {"num_facts": (6, len(SLOTS)), "num_values": (4, 24), "max_fillers": (0, len(FILLERS))}
+    bounds |= {"label_beta": (0, 100), "initializer_range": (1e-9, 100)}
+    bounds["max_position_embeddings"] = (256, 10**9)  # or the longest comparisons do not fit
     for name, (low, high) in bounds.items():
         if not low <= getattr(args, name) <= high:
             fail(f"--{name} must be from {low} to {high}, not {getattr(args, name)}")
     # Rotary embeddings turn pairs of dimensions, a quarter of each head's.
-    if args.hidden_size % args.num_heads or (args.hidden_size // args.num_heads) % 8:
+    if args.hidden_size % args.num_heads or args.hidden_size < 8 or (args.hidden_size // args.num_heads) % 8:
         fail(f"--hidden_size {args.hidden_size} must be --num_heads {args.num_heads} times a multiple of 8")
-    if args.initializer_range <= 0:
-        fail("--initializer_range must be positive")
-    if args.max_position_embeddings < 256:
-        fail("--max_position_embeddings must be at least 256, or the longest comparisons do not fit")
 
 
 def settings_of(args: Args) -> dict:
     """What decides the bytes that are written: every flag but the place."""
-    # A world without paraphrases has the manifest that it had before there were any, and is taken for the same one.
+    # A world without paraphrases has the manifest that it had before there were any.
     flags = {k: v for k, v in asdict(args).items() if k != "output_dir" and (k != "paraphrase_share" or v)}
     return {"world_version": WORLD_VERSION, **flags}
 
 
-def read_manifest(path: str) -> Optional[dict]:
-    """The manifest of a folder, or None where there is none; one that cannot be read ends the run."""
-    if not os.path.exists(path):
-        return None
-    try:
-        with open(path, encoding="utf-8") as file:
-            manifest = json.load(file)
-        return {"settings": dict(manifest["settings"]), "sha256": dict(manifest["sha256"])}
-    except (OSError, ValueError, KeyError, TypeError):
-        fail(f"--output_dir: {path} cannot be read; name a new folder")
-
-
-def stands_complete(args: Args) -> bool:
-    """True where the folder already holds this very environment, whole; a folder of anything else is refused."""
-    folder = args.output_dir
-    if os.path.exists(folder) and not os.path.isdir(folder):
-        fail(f"--output_dir {folder} is a file")
-    manifest = read_manifest(os.path.join(folder, MANIFEST))
-    if manifest is None:
-        # A build appears whole, manifest included, so what has none is not ours to touch.
-        if os.path.isdir(folder) and os.listdir(folder):
+def already_there(args: Args) -> bool:
+    """True where the folder holds this very world; a folder of anything else is refused."""
+    folder, ours = args.output_dir, settings_of(args)
+    manifest = os.path.join(folder, MANIFEST)
+    if not os.path.exists(manifest):
+        if os.path.isfile(folder) or os.path.isdir(folder) and os.listdir(folder):
             fail(f"--output_dir {folder} holds something else; name a new or an empty folder")
         return False
-    for name, value in settings_of(args).items():
-        old = manifest["settings"].get(name)
-        if old != value:
-            fail(f"--output_dir {folder} was made with {name} {old}, not {value}; name a new folder")
-    return digest(folder) == manifest["sha256"]
+    try:
+        with open(manifest, encoding="utf-8") as file:
+            theirs = dict(json.load(file)["settings"])
+    except (OSError, ValueError, KeyError, TypeError):
+        fail(f"--output_dir: {manifest} cannot be read; name a new folder")
+    for name, value in ours.items():
+        if theirs.get(name) != value:
+            fail(f"--output_dir {folder} was made with {name} {theirs.get(name)}, not {value}; name a new folder")
+    return True
 
 
-def move_into_place(building: str, folder: str) -> None:
-    """Give a finished build its name: in one step where nothing stands, else part by part, the manifest last."""
-    if os.path.isdir(folder) and not os.listdir(folder):
-        os.rmdir(folder)
-    if not os.path.exists(folder):
-        os.rename(building, folder)
-        return
-    # A damaged environment is mended in place, since runs may lie beside its parts. Its manifest is the same, and tells
-    # the next run, should this one be cut off, that a part is still missing.
-    for part in PARTS:
-        shutil.rmtree(os.path.join(folder, part), ignore_errors=True)
-        os.rename(os.path.join(building, part), os.path.join(folder, part))
-    os.replace(os.path.join(building, MANIFEST), os.path.join(folder, MANIFEST))
-    os.rmdir(building)
-
-
-def main(args: Args) -> None:
+def main() -> None:
+    args = tyro.cli(Args, use_underscores=True, description=__doc__)
     check_args(args)
-    if stands_complete(args):
-        print(f"{args.output_dir} stands complete, nothing to do")
+    if already_there(args):
+        print(f"{args.output_dir} is complete, nothing to do")
         return
     # Beside its place and not in the system's temporary folder, so that the last step is a rename on one disk.
     building = args.output_dir.rstrip("/") + ".building"
     try:
         shutil.rmtree(building, ignore_errors=True)  # what a killed run left
-        os.makedirs(building)
         about = build(args, building)
         with open(os.path.join(building, MANIFEST), "w", encoding="utf-8") as file:
-            json.dump({"settings": settings_of(args), **about, "sha256": digest(building)}, file, indent=2)
-        move_into_place(building, args.output_dir)
+            json.dump({"settings": settings_of(args), **about}, file, indent=2)
+        os.replace(building, args.output_dir)
     except OSError as error:
         fail(f"--output_dir {args.output_dir}: cannot be written ({error.strerror or error})")
     finally:
@@ -966,4 +782,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, use_underscores=True, description=__doc__))
+    main()

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# An environment of its own for TRL, in benchmark/peers/.venv (ignored by git): its versions are not this project's.
+# An environment of its own for TRL, in benchmark/systems/peers/.venv (ignored by git): its versions are not this project's.
 set -euo pipefail
 cd "$(dirname "$0")"
 if [ ! -f .venv/installed ]; then

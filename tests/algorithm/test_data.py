@@ -1,0 +1,365 @@
+"""
+From files to token ids (details 1 to 6): the folders that people have, the format of queries, the truncation rule, BOS,
+EOS and [PAD], and rows that cannot be used. Real posts and comparisons too, where TLDR_DIR names a folder of them.
+"""
+
+import gzip
+import json
+import os
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+from common import EOS, SCRIPTS, make_pairs, make_posts, make_tokenizer, ppo, reward, sft, write_rows
+from datasets import Dataset, DatasetDict
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+TLDR_DIR = os.environ.get("TLDR_DIR")
+needs_real_data = pytest.mark.skipif(not TLDR_DIR, reason="needs real TL;DR data: TLDR_DIR names no folder of them")
+POST = {"id": "x1", "subreddit": "AskReddit", "title": "a b", "post": "one\ntwo", "summary": "short text"}
+PAIR = make_pairs(1, 24)[0]
+PRINTER = SimpleNamespace(print=print)  # all that loading needs of accelerate
+
+
+@pytest.fixture(scope="module", params=["no bos", "bos"])
+def tokenizer(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer(bos=request.param == "bos").save_pretrained(folder)
+    return sft.load_tokenizer(str(folder), "--base_model")
+
+
+def load(folder, tokenizer, split="train", script=sft):
+    return script.load_posts(script.Args(query_dataset=str(folder)), split, tokenizer, PRINTER)
+
+
+def load_pairs(folder, tokenizer, split="train"):
+    return reward.load_comparisons(reward.Args(label_dataset=str(folder)), split, tokenizer, (512, 169, 638), PRINTER)
+
+
+def tokenize(rows, tokenizer, **limits):
+    return sft.tokenize_posts(sft.Args(**limits), rows, tokenizer)
+
+
+def compare(rows, tokenizer, limits=(512, 169, 638)):
+    return reward.tokenize_comparisons(rows, tokenizer, limits)
+
+
+def refused(capsys, function, *inputs):
+    """The one line of an error, with exit code 2."""
+    with pytest.raises(SystemExit) as stopped:
+        function(*inputs)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and line.startswith("error: ")
+    return line
+
+
+def count(tokenizer, text):
+    """Tokens without BOS, by the backend."""
+    return len(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def slow_query(row, tokenizer, room):
+    """The truncation rule step by step: drop the last line, again and again; the first one loses its characters."""
+    lines = row["post"].split("\n")
+    bodies = ["\n".join(lines[:n]) for n in range(len(lines), 0, -1)]
+    for body in bodies + [lines[0][:n] for n in range(len(lines[0]) - 1, -1, -1)]:
+        query = f"SUBREDDIT: r/{row['subreddit']}\n\nTITLE: {row['title']}\n\nPOST: {body}\n\nTL;DR:"
+        if count(tokenizer, query) <= room:
+            return query
+    return ""
+
+
+# ---- Queries and responses -------------------------------------------------------------------------------------------
+def test_format_of_a_row(tokenizer):
+    """Details 2, 3 and 5: BOS once, if at all; no space after the colon, one before the summary, EOS at the end."""
+    bos = [tokenizer.bos_token_id] if tokenizer.bos_token == "<s>" else []
+    query = "SUBREDDIT: r/AskReddit\n\nTITLE: a b\n\nPOST: one\ntwo\n\nTL;DR:"
+    for summary in ("short text", " short text", "\n  short text"):
+        (row,) = tokenize([POST | {"summary": summary}], tokenizer)
+        assert (row["query"], row["id"], row["problem"]) == (query, "x1", "")
+        query_tokens, tokens = row["query_tokens"].tolist(), row["tokens"].tolist()
+        assert query_tokens == bos + tokenizer.backend_tokenizer.encode(query, add_special_tokens=False).ids
+        assert tokens[: len(query_tokens)] == query_tokens  # no merge across the boundary
+        assert tokenizer.decode(tokens[len(bos) :]) == query + " short text" + EOS
+        assert tokens.count(tokenizer.eos_token_id) == 1 and tokens.count(tokenizer.bos_token_id) == 1
+
+
+def test_pad_is_new_and_not_eos(tmp_path):
+    """Even where the tokenizer brings a pad of its own, as Pythia's does, and even where that is EOS."""
+    for number, own in enumerate((None, "<|padding|>", EOS)):
+        make_tokenizer(pad=own).save_pretrained(tmp_path / f"{number}")
+        loaded = sft.load_tokenizer(str(tmp_path / f"{number}"), "")
+        assert loaded.pad_token == "[PAD]" and loaded.pad_token_id == len(make_tokenizer(pad=own)) != loaded.eos_token_id
+        loaded.save_pretrained(tmp_path / "again")  # a folder of the scripts' own: no second [PAD]
+        assert sft.load_tokenizer(str(tmp_path / "again"), "").get_vocab() == loaded.get_vocab()
+
+
+def test_special_tokens_that_somebody_typed_are_text(tokenizer):
+    typed = "I said <|endoftext|> and [PAD] and <s> here"
+    (row,) = tokenize([POST | {"post": typed, "title": typed, "summary": typed}], tokenizer)
+    body = row["tokens"].tolist()[len(sft.bos_prefix(tokenizer)) : -1]
+    assert not set(tokenizer.all_special_ids) & set(body) and tokenizer.decode(body).count(typed) == 3
+
+
+def test_pad_in_a_post_under_a_unigram_vocabulary():
+    letters = [(letter, -5.0) for letter in map(chr, range(32, 127))] + [("<unk>", -20.0), ("</s>", 0.0)]
+    backend = Tokenizer(models.Unigram(letters, unk_id=95))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    (row,) = tokenize([POST | {"post": "what [PAD] is"}], tokenizer)
+    assert row["problem"] == "" and tokenizer.pad_token_id not in row["tokens"] and len(row["query_tokens"]) > 50
+
+
+@pytest.mark.parametrize("room", [26, 36, 50])
+def test_truncation_rule(tokenizer, room):
+    rows = make_posts(40, 3)
+    odd = ["no newline here but a lot of text that must be cut by characters " * 3, "\n\n\nmoney\n\n" * 20, "a\n" * 90]
+    odd += ["zwölf Boxkämpfer jagen Viktor \u2603 \U0001f600 über den Sylter Deich " * 3, "", "\n", "x" * 300]
+    for row, post in zip(rows, odd):
+        row["post"] = post
+    expected = [slow_query(row, tokenizer, room - len(sft.bos_prefix(tokenizer))) for row in rows]
+    posts = tokenize(rows, tokenizer, max_query_length=room)
+    assert [post["query"] for post in posts] == expected
+    assert all(len(post["query_tokens"]) <= room or "cannot be cut" in post["problem"] for post in posts)
+    assert sum(row["post"] not in query for row, query in zip(rows, expected)) > 5 and ("" in expected) == (room < 50)
+
+
+@pytest.mark.parametrize("post", ["she said it " * 1700, "x" * 20000, "she said\nit again " * 11000])
+def test_long_posts_are_cut_in_few_calls(post):
+    """Not one call per character or line, of which there are thousands."""
+    tokenizer, lengths = make_tokenizer(), []
+
+    class Counting:
+        def __call__(self, texts, **options):
+            lengths.append(sum(map(len, texts)))
+            return tokenizer(texts, **options)
+
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+    (row,) = tokenize([POST | {"post": post}], Counting())
+    assert len(lengths) < 100 and sum(lengths) < 40 * len(post)
+    assert row["problem"] == "" and count(tokenizer, row["query"]) <= 512
+    body = row["query"].split("POST: ")[1].removesuffix("\n\nTL;DR:")
+    assert post.startswith(body) and len(body) > 400
+    longer = post[: post.find("\n", len(body) + 1) if "\n" in post else len(body) + 1]
+    assert count(tokenizer, row["query"].replace(body, longer)) > 512  # no more fits
+
+
+def test_rows_that_are_too_long_are_left_out_and_not_cut(tokenizer):
+    """Detail 4: a cut would remove EOS."""
+    post = POST | {"summary": "money " * 9}
+    (row,) = tokenize([post], tokenizer)
+    (pair,) = compare([PAIR], tokenizer)
+    total, both = len(row["tokens"]), max(len(pair["chosen"]), len(pair["rejected"]))
+    response, summary = total - len(row["query_tokens"]), both - pair["query_length"]
+    for less, problem in ((0, ""), (1, "longer than")):
+        for limit in (dict(max_response_length=response - less), dict(max_query_response_length=total - less)):
+            assert (problem in tokenize([post], tokenizer, **limit)[0]["problem"]) and (not less) == (
+                tokenize([post], tokenizer, **limit)[0]["problem"] == "")
+        for limits in ((512, summary - less, 638), (512, 169, both - less)):
+            assert problem in compare([PAIR], tokenizer, limits)[0]["problem"]
+
+
+BAD_POSTS = [
+    ({"summary": ""}, "summary"), ({"summary": "  \n"}, "summary"), ({"summary": None}, "summary"),
+    ({"title": None}, "title"), ({"title": ["a", "list"]}, "title"), ({"title": 20260101}, "title"),
+    ({"post": None}, "post"), ({"subreddit": 7}, "subreddit"), ({"id": None}, "id"), ({"id": " "}, "id"),
+]  # fmt: skip
+
+
+def test_unusable_posts_are_named_and_counted(tokenizer, tmp_path, capsys):
+    rows = make_posts(13, 6)
+    for row, (change, _) in zip(rows[1:], BAD_POSTS):
+        row |= change
+    rows[-1]["id"] = rows[0]["id"]  # samples are joined by id
+    write_rows(tmp_path / "train.jsonl", rows)
+    for script in SCRIPTS:
+        assert [post["id"] for post in load(tmp_path, tokenizer, script=script)] == ["t3_6_0", "t3_6_11"]
+        out = capsys.readouterr().out
+        assert "2 of 13 rows can be used" in out and "1 x the id occurs twice (first id: t3_6_0)" in out
+        for number, name, first in ((3, "summary", 1), (3, "title", 4), (1, "post", 7), (1, "subreddit", 8)):
+            assert f"{number} x {name} is missing or not a text (first id: t3_6_{first})" in out
+        assert "2 x id is missing" in out
+    rows[1]["title"] = pd.Timestamp("2026-01-01")
+    pd.DataFrame(rows[1:2]).to_parquet(tmp_path / "test.parquet")
+    assert "title is missing or not a text" in refused(capsys, load, tmp_path, tokenizer, "test")  # no row is left
+
+
+# ---- Files and folders -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", [
+    "train.parquet", "train.jsonl", "train.csv", "data/train-00000-of-00001.parquet", "gz", "shards", "save_to_disk",
+])  # fmt: skip
+def test_folders_as_people_have_them(kind, tmp_path):
+    rows = make_posts(7, 7)
+    rows[2]["post"] = 'a "quoted", line\nNA\nnull'  # for csv
+    rows[3]["summary"] = "NA"
+    more = [row | {"query_token": [1, 2]} for row in rows]  # other columns are ignored
+    folder = tmp_path / "set"
+    if kind == "save_to_disk":
+        DatasetDict({"train": Dataset.from_list(more)}).save_to_disk(folder)
+    elif kind == "gz":
+        path = write_rows(tmp_path / "x.jsonl", more)
+        write_rows(folder / "validation.jsonl", rows)
+        (folder / "train.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+    elif kind == "shards":
+        write_rows(folder / "train-00001-of-00002.parquet", more[4:])
+        write_rows(folder / "train-00000-of-00002.parquet", more[:4])
+    else:
+        write_rows(folder / kind, more)
+        write_rows(folder / "train_old.jsonl", make_posts(2, 9))  # no split of that name
+    tokenizer = make_tokenizer()
+    for post, expected in zip(load(folder, tokenizer), tokenize(rows, tokenizer), strict=True):
+        assert all((post[name] == expected[name]).all() for name in ("query_tokens", "tokens"))
+        assert post["id"] == expected["id"]
+
+
+@pytest.mark.parametrize("name", ["run[12]", "a::b", "$HOME", "https:/x", "*", "zwölf é", "~"])
+def test_odd_folder_names_are_read_and_their_neighbours_never(name, tmp_path):
+    write_rows(tmp_path / name / "train.parquet", make_posts(3, 7))
+    for neighbour in ("run1", "run2", "a", "b"):
+        write_rows(tmp_path / neighbour / "train.parquet", make_posts(5, 8))
+    assert [post["id"] for post in load(tmp_path / name, make_tokenizer())] == [row["id"] for row in make_posts(3, 7)]
+
+
+def test_a_file_that_changes_is_read_again(tmp_path):
+    """Also when it keeps its size and its modification time."""
+    for summary in ("good one", "bad one!"):
+        path = write_rows(tmp_path / "train.jsonl", [POST | {"summary": summary}])
+        os.utime(path, (1e9, 1e9))
+        assert load(tmp_path, make_tokenizer())[0]["reference"] == " " + summary
+
+
+def test_unreadable_files_are_named(tmp_path, capsys):
+    good = json.dumps(POST | {"summary": "kürz"}, ensure_ascii=False) + "\n"
+    cases = {"line 3": (good * 2 + "{oops\n" + good).encode(), "line 2": (good + "7\n").encode(), "no rows": b""}
+    for mentioned, content in (cases | {"UnicodeDecodeError": good.encode("latin-1")}).items():
+        (tmp_path / "train.jsonl").write_bytes(content)
+        line = refused(capsys, load, tmp_path, make_tokenizer())
+        assert mentioned in line and str(tmp_path) in line, line
+    (tmp_path / "test.parquet").write_bytes(b"PAR1 cut off")
+    assert "test.parquet" in refused(capsys, load, tmp_path, make_tokenizer(), "test")
+    write_rows(tmp_path / "train.parquet", [POST])  # two kinds for one split: which one is meant?
+    assert "train.jsonl" in refused(capsys, load, tmp_path, make_tokenizer())
+    assert "validation" in refused(capsys, load, tmp_path, make_tokenizer(), "validation")
+
+
+def test_a_column_that_is_null_for_12_megabytes(tmp_path):
+    """Readers that infer a type from the first blocks refuse it; so it is with the real comparisons."""
+    rows = [POST | {"id": f"{i}", "note": "x" * 20000, "title": None if i < 600 else "late"} for i in range(610)]
+    rows[-1]["info"] = {"appears": "late"}
+    assert write_rows(tmp_path / "train.jsonl", rows).stat().st_size > 12e6
+    assert len(load(tmp_path, make_tokenizer())) == 10
+
+
+# ---- Comparisons -----------------------------------------------------------------------------------------------------
+def test_comparisons_follow_the_choice(tokenizer):
+    rows, bos = make_pairs(30, 20), sft.bos_prefix(tokenizer)
+    for pair, row in zip(compare(rows, tokenizer, (45, 169, 638)), rows, strict=True):
+        query = slow_query(row["info"], tokenizer, 45 - len(bos))
+        assert bool(query) != bool(pair["problem"])
+        for name, which in (("chosen", row["choice"]), ("rejected", 1 - row["choice"])):
+            text = query + " " + row["summaries"][which]["text"].strip() + EOS
+            assert not query or pair[name][: len(bos)].tolist() == bos
+            assert not query or tokenizer.decode(pair[name][len(bos) :]) == text
+        expected = (row["info"]["id"], row["batch"], str(row["extra"]["confidence"]))
+        assert (pair["id"], pair["batch"], pair["confidence"]) == expected
+        assert pair["policies"] == " | ".join(sorted(summary["policy"] for summary in row["summaries"]))
+    assert {row["choice"] for row in rows} == {0, 1}
+
+
+def test_prompt_chosen_rejected(tmp_path):
+    """The schema of most preference sets: the same ids as OpenAI's, and cut by the same rule."""
+    tokenizer, rows, others = make_tokenizer(), make_pairs(20, 21), []
+    for row in rows:
+        texts = [summary["text"] for summary in row["summaries"]]
+        prompt = slow_query(row["info"], tokenizer, 10**6)
+        others.append({"prompt": prompt, "chosen": texts[row["choice"]], "rejected": texts[1 - row["choice"]]})
+    write_rows(tmp_path / "train.parquet", others)
+    found, cut = load_pairs(tmp_path, tokenizer), compare(others, tokenizer, (40, 169, 638))
+    for pair, expected, short, row in zip(found, compare(rows, tokenizer), cut, others, strict=True):
+        assert all((pair[name] == expected[name]).all() for name in ("chosen", "rejected"))
+        kept = tokenizer.decode(short["chosen"]).split("\n\nTL;DR: ")[0].split("\n")
+        assert kept == row["prompt"].removesuffix("\n\nTL;DR:").split("\n")[: len(kept)] and short["query_length"] <= 40
+
+
+def test_cnndm_format_and_truncation():
+    """The newline after "TL;DR:" counts in the truncation and is stripped before the summary is joined."""
+    tokenizer, row = make_tokenizer(), make_pairs(1, 22, news=True)[0]
+    lines = ["First line is here.", "Second line is there.", "Third"]
+    row["info"]["article"] = "\n".join(lines)
+    summary = row["summaries"][row["choice"]]["text"].strip()
+    for number in (3, 2, 1):
+        query = "Article:\n" + "\n".join(lines[:number]) + "\n\nTL;DR:\n"
+        fits, less = [compare([row], tokenizer, (count(tokenizer, query) - n, 155, 2021))[0]["chosen"] for n in (0, 1)]
+        assert tokenizer.decode(fits) == query.strip() + " " + summary + EOS and len(less) < len(fits)
+
+
+@pytest.mark.parametrize("choice", [2, -1, None, "1", True])
+def test_one_odd_choice_refuses_the_whole_set(choice, tmp_path, capsys):
+    """It means another convention, by which half of the pairs would be inverted."""
+    write_rows(tmp_path / "train.jsonl", make_pairs(5, 25) + [PAIR | {"choice": choice}])
+    line = refused(capsys, load_pairs, tmp_path, make_tokenizer())
+    assert f"row 5 has choice {choice!r}" in line
+
+
+def test_unusable_comparisons_are_named_and_counted(tmp_path, capsys):
+    """And optional fields may be missing."""
+    good, other = make_pairs(2, 25), PAIR["summaries"][0]
+    good.append({"info": dict(good[0]["info"], id="x"), "choice": 1, "summaries": [{"text": "a"}, {"text": "b"}]})
+    bad = [{"info": None}, {"info": {"id": "a", "post": None}}, {"summaries": [other]}, {"summaries": [other] * 3}]
+    bad += [{"summaries": None}, {"summaries": [{"text": " "}, other]}, {"summaries": [{"text": None}, other]}]
+    same = {"summaries": [{"text": " same text", "policy": "a"}, {"text": "same text ", "policy": "b"}]}
+    write_rows(tmp_path / "train.jsonl", good + [PAIR | change for change in [*bad, same]])
+    pairs = load_pairs(tmp_path, make_tokenizer())
+    assert [pair["id"] for pair in pairs] == [row["info"]["id"] for row in good]
+    assert [pairs[2][name] for name in ("batch", "confidence", "policies")] == ["", "", "unknown | unknown"]
+    out = capsys.readouterr().out
+    assert "3 of 11 rows can be used" in out and "7 x post, article or prompt, or one of two summaries, is missing" in out
+    assert f"1 x the summaries are the same (first id: {PAIR['info']['id']})" in out
+
+
+def test_cnndm_pairs_come_from_their_split_or_from_their_batches(tmp_path):
+    """Details 1 and 17: the hub set has a split of them, OpenAI's own files mix both kinds under batch names."""
+    tldr, news = make_pairs(6, 27), make_pairs(8, 28, news=True)
+    news[0]["batch"] = "batch0_cnndm"
+    write_rows(tmp_path / "posts" / "validation.jsonl", [POST])
+    write_rows(tmp_path / "split" / "validation.jsonl", tldr)
+    write_rows(tmp_path / "split" / "validation_cnndm.jsonl", news)
+    write_rows(tmp_path / "batches" / "validation.jsonl", news[:4] + tldr + news[4:])
+    write_rows(tmp_path / "none" / "validation.jsonl", tldr)
+    DatasetDict(validation=Dataset.from_list(tldr), validation_cnndm=Dataset.from_list(news)).save_to_disk(tmp_path / "disk")
+    for name in ("split", "batches", "none", "disk"):
+        args = reward.Args(label_dataset=str(tmp_path / name), query_dataset=str(tmp_path / "posts"))
+        found = reward.load_evaluation(args, SimpleNamespace(max_position_embeddings=2048), make_tokenizer(), PRINTER)
+        expected = [row["info"]["id"] for row in news if name != "none"]
+        assert [[pair["id"] for pair in pairs] for pairs in found[:2]] == [[row["info"]["id"] for row in tldr], expected]
+
+
+# ---- Real posts and comparisons --------------------------------------------------------------------------------------
+@needs_real_data
+def test_real_posts_and_comparisons(capsys):
+    """Detail 4's published lengths; the truncation rule; nothing is left out for its length."""
+    pythia = sft.load_tokenizer(f"{TLDR_DIR}/pythia_tokenizer", "--base_model")
+    assert pythia.pad_token_id == 50277 and pythia.eos_token_id == 0 and sft.bos_prefix(pythia) == []
+    posts = load(f"{TLDR_DIR}/posts", pythia, script=ppo)
+    raw = pd.read_parquet(f"{TLDR_DIR}/posts/train.parquet").to_dict("records")
+    query_lengths = [len(post["query_tokens"]) for post in posts]
+    # Published on the whole set, of which these are a part: 347 and 33.8 on average.
+    assert sum(query_lengths) / len(posts) == pytest.approx(347, abs=10)
+    assert sum(len(post["tokens"]) for post in posts) / len(posts) == pytest.approx(380.8, abs=10)
+    for row, post in zip(raw, posts, strict=True):
+        if not post["query"].endswith("POST: " + row["post"] + "\n\nTL;DR:"):
+            assert post["query"] == slow_query(row, pythia, 512)
+    for row, post in zip(raw[:60], tokenize(raw[:60], pythia, max_query_length=150), strict=True):
+        assert post["query"] == slow_query(row, pythia, 150)
+        assert pythia.decode(post["tokens"]) == post["query"] + " " + row["summary"].lstrip() + EOS
+    pairs = load_pairs(f"{TLDR_DIR}/comparisons", pythia, "test")
+    assert len(pairs) > 500
+    for pair in pairs[:50]:
+        text = pythia.decode(pair["chosen"])
+        assert text.count(EOS) == 1 and text.endswith(EOS) and "\n\nTL;DR: " in text and "TL;DR:  " not in text
+    left_out = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    assert all("the same" in line or "is missing" in line for line in left_out), left_out

@@ -1,0 +1,345 @@
+"""
+The formulas of the scripts against independent computations: slow loops over Python floats written from the
+definitions, closed forms, or another library.
+"""
+
+import doctest
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from common import SCRIPTS, assert_close, ppo, reward
+from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+
+PAD, EOS = 9, 0
+
+
+def random_responses(rows, width, seed=0):
+    """Responses as they are sampled: tokens 1 .. 8, in most of them EOS somewhere and [PAD] after it."""
+    rng = np.random.default_rng(seed)
+    responses = torch.tensor(rng.integers(1, 9, (rows, width)))
+    for row in responses:
+        if rng.random() < 0.7:
+            end = rng.integers(0, width)
+            row[end] = EOS
+            row[end + 1 :] = PAD
+    return responses
+
+
+def lengths_of(responses):
+    return [sum(token != PAD for token in row) for row in responses.tolist()]
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def log_softmax(logits, temperature=1.0):
+    """In Python floats."""
+    scaled = [x / temperature for x in logits]
+    total = max(scaled) + math.log(sum(math.exp(x - max(scaled)) for x in scaled))
+    return [x - total for x in scaled]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_doctests(script):
+    result = doctest.testmod(script)
+    assert result.attempted > 0 and result.failed == 0
+
+
+# ---- Rewards and advantages ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.7), (1.0, 1.0), (1.0, 0.0), (0.0, 0.5)])
+def test_gae_is_the_sum_of_its_definition(gamma, lam):
+    """A_t = sum over l of (gamma lambda)^l delta_{t+l}: the double sum, not the recursion."""
+    for rows, width in [(1, 1), (3, 7), (2, 53)]:
+        rewards, values = normal(2, rows, width)
+        advantages, returns = ppo.gae(rewards, values, gamma, lam)
+        expected = torch.zeros(rows, width, dtype=torch.float64)
+        for b in range(rows):
+            r, v = rewards[b].tolist(), values[b].tolist() + [0.0]
+            delta = [r[t] + gamma * v[t + 1] - v[t] for t in range(width)]
+            for t in range(width):
+                expected[b, t] = sum((gamma * lam) ** step * delta[t + step] for step in range(width - t))
+        assert_close(advantages, expected)
+        assert_close(returns, expected + values)
+        if gamma == lam == 1.0:  # the sum of the rewards from t on, whatever the values are
+            assert_close(returns, rewards.flip(1).cumsum(1).flip(1))
+
+
+@pytest.mark.parametrize("shift_mean", [True, False])
+def test_whiten(shift_mean):
+    values, mask = normal(6, 13) * 5 + 3, normal(6, 13, seed=1) < 0.3
+    picked = values[mask].numpy().copy()
+    expected = (picked - picked.mean()) / np.sqrt(picked.var(ddof=0) + 1e-8)  # ddof=0: the biased variance
+    values[~mask] = 1e6  # what is masked has no influence
+    assert_close(ppo.whiten(values, mask, shift_mean)[mask], expected + (0.0 if shift_mean else picked.mean()))
+    constant = ppo.whiten(torch.full((2, 3), 7.0), torch.ones((2, 3), dtype=torch.bool), shift_mean)
+    assert torch.isfinite(constant).all()  # no division by 0
+
+
+def test_response_masks():
+    responses = random_responses(40, 9)
+    masks = ppo.response_masks(responses, PAD)
+    for b, length in enumerate(lengths_of(responses)):
+        assert masks["sequence_lengths"][b] == length - 1  # the index of the last token, EOS or not
+        assert masks["padding_mask"][b].tolist() == [t >= length for t in range(9)]
+        assert masks["padding_mask_p1"][b].tolist() == [t >= length + 1 for t in range(9)]
+    assert {1, 9} <= set(lengths_of(responses))
+
+
+def test_missing_eos_penalty_replaces_the_score():
+    responses = torch.tensor([[5, 0, 9], [5, 5, 5], [5, 5, 0], [0, 9, 9]])
+    scores = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    for penalty, expected in [(-1.0, -1.0), (0.0, 0.0), (None, 2.0)]:  # instead of the score, not in addition
+        assert ppo.penalize_missing_eos(scores, responses, EOS, penalty).tolist() == [1.0, expected, 3.0, 4.0]
+
+
+def standardized(rows, shift_mean):
+    """Rows of different lengths, by the mean and the biased variance of all their entries."""
+    flat = [x for row in rows for x in row]
+    mean = sum(flat) / len(flat)
+    std = math.sqrt(sum((x - mean) ** 2 for x in flat) / len(flat) + 1e-8)
+    return [[(x - mean) / std + (0.0 if shift_mean else mean) for x in row] for row in rows]
+
+
+def slow_advantages(batch, lengths, args, width):
+    """Details K, R, 24, 25 and GAE, row by row in Python floats: rewards, advantages, returns."""
+    rewards = []
+    for b, length in enumerate(lengths):
+        row = [-args.kl_coef * (batch["logprobs"][b, t] - batch["ref_logprobs"][b, t]).item() for t in range(length)]
+        row += [0.0] * (width - length)
+        row[min(length, width - 1)] += batch["scores"][b].item()
+        rewards.append(row[: min(length + 1, width)])  # until EOS + 1
+    if args.whiten_rewards:
+        rewards = standardized(rewards, shift_mean=False)
+    advantages, returns = [], []
+    for b, row in enumerate(rewards):
+        value = batch["values"][b].tolist()[: len(row)] + [0.0]
+        delta = [row[t] + args.gamma * value[t + 1] - value[t] for t in range(len(row))]
+        decay = args.gamma * args.lam
+        sums = [sum(decay ** (k - t) * delta[k] for k in range(t, len(row))) for t in range(len(row))]
+        advantages.append(sums[: lengths[b]])  # of the policy's tokens, which end with EOS
+        returns.append([x + y for x, y in zip(sums, value)])
+    return rewards, standardized(advantages, shift_mean=True), returns
+
+
+@pytest.mark.parametrize("whiten_rewards", [False, True])
+@pytest.mark.parametrize("kl_coef, gamma, lam", [(0.05, 1.0, 0.95), (0.3, 0.9, 0.5)])
+def test_compute_advantages(whiten_rewards, kl_coef, gamma, lam):
+    width = 8
+    responses = random_responses(24, width)
+    lengths = lengths_of(responses)
+    batch = {"responses": responses, "scores": normal(24, seed=1)} | ppo.response_masks(responses, PAD)
+    for seed, name in enumerate(("logprobs", "ref_logprobs")):
+        batch[name] = normal(24, width, seed=seed).masked_fill(batch["padding_mask"], ppo.INVALID_LOGPROB)
+    batch["values"] = normal(24, width, seed=2).masked_fill(batch["padding_mask_p1"], 0.0)
+    args = SimpleNamespace(kl_coef=kl_coef, gamma=gamma, lam=lam, whiten_rewards=whiten_rewards)
+    result = ppo.compute_advantages(args, batch)
+    rewards, advantages, returns = slow_advantages(batch, lengths, args, width)
+    for b, length in enumerate(lengths):
+        assert_close(result["rewards"][b, : length + 1], rewards[b])
+        assert_close(result["returns"][b, : length + 1], returns[b])
+        assert_close(result["advantages"][b, :length], advantages[b])
+        assert_close(result["kl"][b, :length], (batch["logprobs"] - batch["ref_logprobs"])[b, :length])  # Detail K
+        assert not result["advantages"][b, length:].any() and not result["kl"][b, length:].any()
+
+
+# ---- Losses ----------------------------------------------------------------------------------------------------------
+def slow_loss(args, batch, logprobs, entropy, values, num_tokens, num_values):
+    """PPO's loss, statistics and gradients by loops: over valid tokens for the policy, and one more for the values."""
+    names = ("loss/policy_avg", "policy/approxkl_avg", "policy/clipfrac_avg", "policy/entropy_avg", "val/ratio")
+    sums = dict.fromkeys((*names, "ratio_squared", "loss/value_avg", "val/clipfrac_avg"), 0.0)
+    gradients = torch.zeros(2, *logprobs.shape, dtype=torch.float64)
+    for b, last in enumerate(batch["sequence_lengths"].tolist()):
+        for t in range(last + 1):
+            log_ratio = (logprobs[b, t] - batch["logprobs"][b, t]).item()
+            ratio, advantage = math.exp(log_ratio), batch["advantages"][b, t].item()
+            bounded = min(max(ratio, 1 - args.cliprange), 1 + args.cliprange)
+            is_clipped = bounded * advantage < ratio * advantage
+            objective = min(ratio * advantage, bounded * advantage)  # the smaller one is maximised
+            found = (-objective, 0.5 * log_ratio**2, is_clipped, entropy[b, t].item(), ratio)
+            for name, x in zip((*names, "ratio_squared"), (*found, ratio**2)):
+                sums[name] += x / num_tokens
+            gradients[0, b, t] = 0.0 if is_clipped else -advantage * ratio / num_tokens
+        for t in range(min(last + 2, logprobs.shape[1])):
+            value, old, target = (x[b, t].item() for x in (values, batch["values"], batch["returns"]))
+            near = min(max(value, old - args.cliprange_value), old + args.cliprange_value)
+            is_clipped = (near - target) ** 2 > (value - target) ** 2
+            sums["loss/value_avg"] += 0.5 * max((value - target) ** 2, (near - target) ** 2) / num_values
+            sums["val/clipfrac_avg"] += is_clipped / num_values
+            if not is_clipped:  # a bound is a constant
+                gradients[1, b, t] = args.vf_coef * (value - target) / num_values
+    return sums, gradients
+
+
+def test_ppo_loss_statistics_and_gradient():
+    """With the counts of the whole minibatch, those of its micro-batches add up to those of the minibatch."""
+    args = SimpleNamespace(cliprange=0.2, cliprange_value=0.3, vf_coef=0.1)
+    batch = ppo.response_masks(random_responses(12, 10, seed=3), PAD)
+    logprobs, advantages, values, returns = normal(4, 12, 10, seed=4) * 0.5
+    batch["logprobs"] = logprobs.masked_fill(batch["padding_mask"], ppo.INVALID_LOGPROB)
+    batch["advantages"] = advantages.masked_fill(batch["padding_mask"], 0.0)
+    batch |= {"values": values.masked_fill(batch["padding_mask_p1"], 0.0), "returns": returns}
+    moved = normal(3, 12, 10, seed=5) * 0.3  # ratios and values on both sides of the ranges
+    outputs = [batch["logprobs"] + moved[0], moved[1].abs(), batch["values"] + moved[2]]
+    counts = [(~batch[name]).sum() for name in ("padding_mask", "padding_mask_p1")]
+    expected, gradients = slow_loss(args, batch, *outputs, *[count.item() for count in counts])
+    assert 0 < expected["policy/clipfrac_avg"] < 1 and 0 < expected["val/clipfrac_avg"] < 1 and counts[0] < 120
+    for parts in ([range(12)], [range(5), range(5, 6), range(6, 12)]):
+        logprobs, entropy, values = [x.clone().requires_grad_() for x in outputs]
+        total, sums = 0.0, dict.fromkeys(expected, 0.0)
+        for part in map(list, parts):
+            rows = {name: x[part] for name, x in batch.items()}
+            loss, stats = ppo.ppo_loss(args, rows, logprobs[part], entropy[part], values[part], *counts)
+            loss.backward()
+            total += loss.item()
+            sums = {name: x + stats[name].item() for name, x in sums.items()}
+        assert total == pytest.approx(expected["loss/policy_avg"] + 0.1 * expected["loss/value_avg"], rel=1e-12)
+        assert sums == pytest.approx(expected, rel=1e-6)
+        assert_close(logprobs.grad, gradients[0])
+        assert_close(values.grad, gradients[1])
+        assert entropy.grad is None  # no entropy bonus
+
+
+class Table:
+    """Stands in for a language model: its logits depend on the token alone."""
+
+    def __init__(self):
+        self.logits = normal(10, 10, seed=6).requires_grad_()
+
+    def __call__(self, input_ids, logits_to_keep, use_cache):
+        return SimpleNamespace(logits=self.logits[input_ids][logits_to_keep])
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 0.01])
+def test_rows_and_response_logprobs(temperature):
+    """Detail T: logprob, entropy and gradient of the tempered distribution, at the response tokens alone."""
+    queries, responses, model = [[5], [6, 7, 8], [1, 2], [4]], random_responses(4, 5, seed=8), Table()
+    rows = [query + [t for t in response if t != PAD] for query, response in zip(queries, responses.tolist())]
+    token_ids, positions = ppo.join_rows(ppo.pad_rows(queries, PAD, "left", "cpu"), responses, PAD)
+    assert token_ids.tolist() == ppo.pad_rows(rows, PAD, "right", "cpu").tolist()
+    assert ppo.last_token_idx(token_ids, PAD).squeeze(1).tolist() == [len(row) - 1 for row in rows]
+    logprobs, entropy = ppo.response_logprobs(model, token_ids, positions, responses, PAD, temperature)
+    gradient = torch.zeros(10, 10, dtype=torch.float64)
+    for b, length in enumerate(lengths_of(responses)):
+        for t in range(length):
+            before = len(queries[b]) - 1 + t
+            assert positions[b, t] == before
+            token, row = rows[b][before + 1], rows[b][before]
+            logs = log_softmax(model.logits[row].tolist(), temperature + 1e-7)
+            assert logprobs[b, t].item() == pytest.approx(logs[token], rel=1e-4, abs=1e-4)
+            assert entropy[b, t].item() == pytest.approx(-sum(math.exp(x) * x for x in logs), rel=1e-4, abs=1e-4)
+            for i, x in enumerate(logs):
+                gradient[row, i] += ((i == token) - math.exp(x)) / (temperature + 1e-7)
+        assert (logprobs[b, length:] == ppo.INVALID_LOGPROB).all() and not entropy[b, length:].any()
+        if length < 5:  # for the value at EOS
+            assert positions[b, length] == len(rows[b]) - 1
+    logprobs.sum().backward()
+    assert_close(model.logits.grad.float(), gradient)
+    assert min(lengths_of(responses)) < 5 and not entropy.requires_grad
+
+
+def test_pairwise_loss():
+    chosen = torch.tensor([2.0, -1.0, 0.5, 80.0, -80.0], dtype=torch.float64, requires_grad=True)
+    rejected = torch.tensor([1.0, 1.5, 0.5, -80.0, 80.0], dtype=torch.float64)
+    losses = reward.pairwise_loss(chosen, rejected)
+    margins = (chosen.detach() - rejected).tolist()
+    closed = [math.log1p(math.exp(-m)) if m > -50 else -m for m in margins]  # log(1 + e^-m) = -m for very wrong pairs
+    assert losses.tolist() == pytest.approx(closed, rel=1e-12)
+    losses.sum().backward()
+    assert_close(chosen.grad, [-1 / (1 + math.exp(m)) for m in margins])
+
+
+# ---- Learning rates and the order of the data ------------------------------------------------------------------------
+@pytest.mark.parametrize("warm_up", [0, 1, 5])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_learning_rates(script, warm_up):
+    library = get_linear_schedule_with_warmup if script is ppo else get_cosine_schedule_with_warmup
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = library(optimizer, warm_up, 23)
+    for update in range(24):
+        assert script.lr_lambda(update, 23, warm_up) == pytest.approx(schedule.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        schedule.step()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_take_rows_gives_every_row_once_per_pass(script):
+    stream = np.concatenate([script.take_rows(37, 5, start, start + 8) for start in range(0, 37 * 8, 8)])
+    passes = stream.reshape(8, 37)
+    assert all(sorted(one) == list(range(37)) for one in passes)
+    assert len({tuple(one) for one in passes}) == 8  # a new order in every pass
+    assert np.array_equal(stream[30:90], script.take_rows(37, 5, 30, 90))  # however it is cut
+    assert not np.array_equal(stream, script.take_rows(37, 6, 0, 37 * 8))
+    assert len(script.take_rows(3, 5, 0, 20)) == 20  # a batch larger than the data
+
+
+@pytest.mark.parametrize("world, micro, accumulation", [(1, 4, 3), (2, 3, 2), (8, 1, 1), (4, 16, 1), (3, 5, 4)])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_micro_batches_share_out_a_batch(script, world, micro, accumulation):
+    """Detail S: all processes together train on every row of the batch once."""
+    lengths = np.random.default_rng(1).integers(1, 100, 500)
+    rows = script.take_rows(500, 1, 0, world * micro * accumulation)
+    args, shares = SimpleNamespace(local_micro_batch_size=micro), []
+    for rank in range(world):
+        accelerator = SimpleNamespace(process_index=rank, num_processes=world)
+        shares.append(script.micro_batches(args, accelerator, rows, lengths))
+        # Every process makes as many steps of the same size, or the others would wait for ever.
+        assert [len(part) for part in shares[-1]] == [micro] * accumulation
+    assert sorted(np.concatenate([part for share in shares for part in share])) == sorted(rows)
+    padding = sum(micro * lengths[part].max() - lengths[part].sum() for share in shares for part in share)
+    assert padding <= sum(micro * lengths[part].max() - lengths[part].sum() for part in rows.reshape(-1, micro))
+    assert lengths[shares[0][0]].max() == lengths[rows].max()  # the longest come first
+
+
+def test_minibatches_of_ppo():
+    """Detail L: every row once per epoch, in another order in every epoch and update."""
+    drawn = set()
+    for update, epoch in [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]:
+        args, batch = SimpleNamespace(seed=3, num_mini_batches=4), {"responses": torch.zeros(24, 5)}
+        minibatches = ppo.draw_minibatches(args, batch, update, epoch)
+        assert [len(rows) for rows in minibatches] == [6] * 4
+        assert sorted(np.concatenate(minibatches)) == list(range(24))
+        drawn.add(tuple(np.concatenate(minibatches)))
+    assert len(drawn) == 5
+
+
+# ---- What is reported ------------------------------------------------------------------------------------------------
+def wilson(wins, number):
+    z, share = 1.959963984540054, wins / number
+    middle = share + z**2 / (2 * number)
+    half = z * math.sqrt(share * (1 - share) / number + z**2 / (4 * number**2))
+    return [(middle + side * half) / (1 + z**2 / number) for side in (-1, 1)]
+
+
+@pytest.mark.parametrize("wins, number", [(0, 5), (5, 5), (1, 3), (419, 675), (50, 100), (1, 1000)])
+def test_wilson_interval(wins, number):
+    assert reward.wilson_interval(wins, number) == pytest.approx(wilson(wins, number), abs=1e-9)
+
+
+def test_accuracy_rows():
+    margins = pd.Series([1.0, -1.0, 0.5, 0.0, 2.0, -0.1])
+    rows = reward.accuracy_rows(margins, pd.Series(["b", "a", "a", "a", "b", "b"]))
+    for row, group, wins in zip(rows, "ab", (1, 2), strict=True):  # a tie is not a win
+        assert [row[name] for name in ("group", "n", "accuracy")] == [group, 3, pytest.approx(wins / 3)]
+        assert [row["low"], row["high"]] == pytest.approx(wilson(wins, 3))
+    assert reward.accuracy_rows(margins[:0], pd.Series([], dtype=str)) == []
+
+
+def test_calibration_rows():
+    margins = np.random.default_rng(3).normal(0.3, 2.0, 400)
+    margins[:3] = [0.5, -0.5, 7.5]  # on an edge: into the bin above
+    rows = {row.pop("bin"): row for row in reward.calibration_rows(margins)}
+    edges = [0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, math.inf]
+    for low, high in zip(edges, edges[1:]):
+        part = [m for m in margins.tolist() if low <= abs(m) < high]
+        if part:
+            wins, sizes = sum(m > 0 for m in part), [abs(m) for m in part]
+            expected = {"n": len(part), "margin": sum(sizes) / len(part), "accuracy": wins / len(part)}
+            expected |= {"claimed": sum(1 / (1 + math.exp(-m)) for m in sizes) / len(part)}
+            expected |= dict(zip(("low", "high"), wilson(wins, len(part))))
+            assert rows.pop(f"{low:g} to {high:g}") == pytest.approx(expected)
+    assert rows == {}

@@ -1,0 +1,480 @@
+"""
+What the scripts do with models: 26 families through all three stages, and what they compute against plain use of the
+same models: one row at a time, no padding, no cache, all logits. And which model folders are refused.
+"""
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from common import POSITIONS, assert_close, make_model_folder, make_pairs, make_posts, make_tokenizer, ppo
+from common import read_metrics, reward, run_inside, sft, write_rows
+from safetensors.torch import load_file, save_file
+from test_math import slow_advantages
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+
+R = 6  # tokens sampled per response
+H = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+G = H | dict(num_key_value_heads=2, head_dim=8)
+N = dict(n_embd=32, n_layer=2, n_head=4)
+MOE = dict(num_local_experts=4, num_experts=4, num_experts_per_tok=2)
+# The sizes of each family. Sliding windows are shorter than the rows. Those with H or G have a BOS token.
+FAMILIES = {
+    **dict.fromkeys(("gpt_neox", "phi", "phi3", "falcon", "persimmon"), H),
+    **dict.fromkeys(("llama", "qwen2", "qwen3", "gemma", "stablelm", "olmo", "olmo2", "starcoder2", "smollm3"), G),
+    **dict.fromkeys(("mistral", "gemma2", "gemma3_text"), G | dict(sliding_window=16)),
+    "mixtral": G | MOE,
+    "qwen2_moe": G | MOE | dict(moe_intermediate_size=16, shared_expert_intermediate_size=16),
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), N),
+    "gptj": N | dict(rotary_dim=4),
+    "gpt_neo": dict(hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=16),
+    "opt": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, word_embed_proj_dim=32),
+    "bloom": dict(hidden_size=32, n_layer=2, n_head=4),
+    "mpt": dict(d_model=32, n_layers=2, n_heads=4, max_seq_len=POSITIONS),
+}
+
+
+def family_config(name, tokenizer):
+    """A small config with every dropout at 0.1, and exactly as many rows in the embedding as the tokenizer has ids."""
+    dropout = {key: 0.1 for key in AutoConfig.for_model(name).to_dict() if "dropout" in key or key.endswith("pdrop")}
+    options = dict(vocab_size=len(tokenizer), max_position_embeddings=POSITIONS, initializer_range=0.2)
+    options |= dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=0, pad_token_id=None)
+    return AutoConfig.for_model(name, **options | dropout | FAMILIES[name])
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """8 posts, 8 pairs, and two models."""
+    out = tmp_path_factory.mktemp("small")
+    posts, pairs = make_posts(8, 50), make_pairs(8, 51)
+    write_rows(out / "posts" / "train.jsonl", posts)
+    write_rows(out / "pairs" / "train.jsonl", pairs)
+    lm, rm = make_model_folder(out / "lm"), str(out / "rm")
+    config = AutoConfig.from_pretrained(lm, num_labels=1)
+    config.normalization_offset = 0.37
+    torch.manual_seed(1)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(rm)
+    tokenizer = AutoTokenizer.from_pretrained(lm)
+    tokenizer.save_pretrained(rm)
+    return SimpleNamespace(out=out, lm=lm, rm=rm, posts=posts, pairs=pairs, tokenizer=tokenizer)
+
+
+def run(script, small, out, *flags, code=0):
+    """Two updates of eight rows, at a learning rate that shows, into the folder `out`."""
+    common = ("--query_dataset", small.out / "posts", "--total_episodes", 16, "--lr", 1e-3, "--save_every", 0)
+    common += ("--max_query_length", 110, "--max_response_length", 40, "--max_query_response_length", 150)
+    common += ("--local_micro_batch_size", 4, "--gradient_accumulation_steps", 2)
+    own = ("--label_dataset", small.out / "pairs") if script is reward else ("--print_samples_every", 0)
+    own += ("--response_length", R) if script is ppo else ()
+    done = run_inside(script, "--output_dir", out, *common, *own, *flags)
+    assert done.code == code and "Traceback" not in done.err, done.err
+    return done
+
+
+def run_stages(small, base, out):
+    run(sft, small, out / "sft", "--base_model", base)
+    run(reward, small, out / "reward", "--sft_model_path", out / "sft")
+    models = ("--sft_model_path", out / "sft", "--reward_model_path", out / "reward")
+    run(ppo, small, out / "ppo", *models, "--total_episodes", 8, "--num_ppo_epochs", 2)
+
+
+def load_networks(sft_path, reward_path):
+    """The networks as ppo.py loads them."""
+    tokenizer = ppo.load_tokenizer(sft_path, "")
+    configs = [ppo.load_config(path, "", POSITIONS) for path in (sft_path, reward_path)]
+    policy, reference = [ppo.load_causal_lm(sft_path, configs[0], tokenizer, "").eval() for _ in range(2)]
+    heads = [ppo.ScalarModel(ppo.load_classifier(reward_path, configs[1], tokenizer, "")).eval() for _ in range(2)]
+    return ppo.Networks(ppo.PolicyAndValue(policy, heads[0], tokenizer.pad_token_id), reference, heads[1], tokenizer)
+
+
+def load_lm(path, script=sft):
+    return script.load_causal_lm(path, script.load_config(path, "", 10), script.load_tokenizer(path, ""), "")
+
+
+def load_new_classifier(path):
+    config = reward.load_config(path, "", 10)
+    config.num_labels = 1
+    return reward.load_classifier(path, config, reward.load_tokenizer(path, ""), "", new=("score.weight",))
+
+
+def alone(model, ids):
+    """The logits of one row, with nothing but its ids."""
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids])).logits[0].double()
+
+
+# ---- Every family ----------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, small, tmp_path_factory):
+    """One family after all three stages: its folders, its networks, and the tokens of queries of different lengths."""
+    out = tmp_path_factory.mktemp(request.param)
+    tokenizer = make_tokenizer(300, bos="intermediate_size" in FAMILIES[request.param])
+    base = make_model_folder(out / "base", family_config(request.param, tokenizer), tokenizer=tokenizer)
+    run_stages(small, base, out)
+    paths = dict(base=base, sft=f"{out}/sft/model", reward=f"{out}/reward/model")
+    queries = [tokenizer(post["post"])["input_ids"][:n] for post, n in zip(make_posts(4, 30), (40, 3, 17, 40))]
+    nets = load_networks(paths["sft"], paths["reward"])
+    return SimpleNamespace(name=request.param, out=out, nets=nets, queries=queries, **paths)
+
+
+def test_all_stages_run_and_ppo_begins_at_ratio_1_and_kl_0(family):
+    for stage, updates in (("sft", 2), ("reward", 2), ("ppo", 1)):
+        assert len(read_metrics(family.out / stage)) == updates
+        folder = family.out / stage / "model"  # its files are for colleagues too
+        assert {oct(os.stat(folder / name).st_mode & 0o777) for name in os.listdir(folder)} == {"0o644"}
+    first = read_metrics(family.out / "ppo")[0]
+    assert first["val/ratio_first_dev"] == 0 and first["objective/kl"] == 0 and first["val/ratio_first"] == 1
+    assert first["policy/approxkl_avg"] > 0  # the second epoch has moved
+    trained, start = [load_file(f"{family.out}/{stage}/model/model.safetensors") for stage in ("ppo", "sft")]
+    assert trained.keys() == start.keys() and any(not torch.equal(trained[name], start[name]) for name in start)
+
+
+def test_padded_rows_score_as_plain_transformers_does_alone(family, accelerator):
+    """Logprobs, values and scores of padded rows without a mask; for every value, a prefix alone. At EOS it is the score."""
+    pad, eos = family.nets.tokenizer.pad_token_id, family.nets.tokenizer.eos_token_id
+    lm = AutoModelForCausalLM.from_pretrained(family.sft).eval()
+    classifier = AutoModelForSequenceClassification.from_pretrained(family.reward).eval()
+    answers = [[5, 6, eos], [7, 8, 9, 10, eos], [eos], [5, 5, 9, 8, 7, 6]]
+    queries, responses = ppo.pad_rows(family.queries, pad, "left", "cpu"), ppo.pad_rows(answers, pad, "right", "cpu")
+    found = ppo.score(SimpleNamespace(temperature=0.7), accelerator, family.nets, queries, responses)
+    for i, (query, answer) in enumerate(zip(family.queries, answers)):
+        n = len(answer)
+        logprobs = (alone(lm, query + answer) / (0.7 + 1e-7)).log_softmax(-1)[len(query) - 1 : -1]
+        assert_close(found["logprobs"][i, :n], logprobs.gather(1, torch.tensor(answer)[:, None]).squeeze(1))
+        scores = [alone(classifier, query + answer[:t]).item() for t in range(n + 1)]
+        scores = [score - classifier.config.normalization_offset for score in scores]
+        assert_close(found["values"][i, : n + 1], scores[: len(responses[0])])
+        assert_close(found["rm_scores"][i], scores[n])
+        assert not found["values"][i, n + 1 :].any()
+    assert torch.equal(found["logprobs"], found["ref_logprobs"])
+    rows = [query + answer for query, answer in zip(family.queries, answers)]
+    with torch.no_grad():  # in reward.py: the same scores, and with left padding too (Detail 14)
+        for side in ("right", "left"):
+            scores = reward.RewardModel(classifier)(reward.pad_rows(rows, pad, side, "cpu"))
+            assert_close(scores - classifier.config.normalization_offset, found["rm_scores"])
+
+
+def test_generate_has_the_logits_of_a_full_forward_pass(family, accelerator):
+    """Rows of different lengths, padded on the left, with a cache; until EOS, after which there is [PAD]."""
+    tokenizer, policy, steps = family.nets.tokenizer, family.nets.model.policy, []
+
+    def generate(*inputs, generation_config, **more):
+        generation_config.output_logits = generation_config.return_dict_in_generate = True
+        output = type(policy).generate(policy, *inputs, generation_config=generation_config, **more)
+        steps.extend(output.logits)
+        return output.sequences
+
+    with mock.patch.object(policy, "generate", generate):
+        args = SimpleNamespace(response_length=R)
+        _, responses = ppo.sample_responses(args, accelerator, policy, tokenizer, family.queries, 1.0, size=4)
+    for i, (query, response) in enumerate(zip(family.queries, responses.tolist(), strict=True)):
+        n = response.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in response else R
+        assert response[n:] == [tokenizer.pad_token_id] * (R - n) and tokenizer.pad_token_id not in response[:n]
+        expected = alone(policy, query + response[:n])[len(query) - 1 : -1]
+        assert_close(torch.stack([step[i] for step in steps[:n]]), expected)
+
+
+def test_dropout_is_off(family):
+    """Detail 7: two forward passes in training mode are equal, in a folder whose config has every dropout at 0.1."""
+    ids = torch.arange(2, 40)[None]
+    with torch.no_grad():
+        for model in (load_lm(family.base).train(), load_new_classifier(family.base).train()):
+            assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+        plain = AutoModelForCausalLM.from_pretrained(family.base).train()
+        has_dropout = any(value == 0.1 for key, value in plain.config.to_dict().items() if "drop" in key)
+        has_dropout = has_dropout and family.name != "mpt"  # which does not read these fields
+        assert has_dropout != torch.equal(plain(input_ids=ids).logits, plain(input_ids=ids).logits)
+
+
+# ---- Two updates, computed independently -----------------------------------------------------------------------------
+class Adam:
+    """AdamW in float64, with eps added after the bias correction (Detail E), weight decay 0.01."""
+
+    def __init__(self, *parameters):
+        self.parameters, self.number = parameters, 0
+        self.m, self.v = [[torch.zeros_like(p) for p in parameters] for _ in range(2)]
+
+    @torch.no_grad()
+    def step(self, loss, lr):
+        self.number += 1
+        gradients = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
+        for p, g, m, v in zip(self.parameters, gradients, self.m, self.v):
+            m += 0.1 * (g - m)
+            v += 0.001 * (g**2 - v)
+            p *= 1 - lr * 0.01
+            p -= lr * m / (1 - 0.9**self.number) / ((v / (1 - 0.999**self.number)).sqrt() + 1e-5)
+
+
+def query_of(row):
+    return f"SUBREDDIT: r/{row['subreddit']}\n\nTITLE: {row['title']}\n\nPOST: {row['post']}\n\nTL;DR:"
+
+
+def ids_of(small, row, summary):
+    return torch.tensor([small.tokenizer(f"{query_of(row)} {summary.strip()}")["input_ids"] + [0]])
+
+
+def double(model_class, path):
+    return model_class.from_pretrained(path, dtype=torch.float64)
+
+
+def assert_same_weights(found, expected, start):
+    """To 1e-5, where the weights have moved by 1e-3."""
+    for name, parameter in expected.items():
+        assert (found[name].double() - parameter).abs().max() < 1e-5, name
+    assert max((expected[name] - start[name].double()).abs().max() for name in expected) > 1e-3
+
+
+@pytest.mark.parametrize("response_only", [False, True])
+def test_sft_updates(small, response_only):
+    """Details 3 and 9: all tokens but the first are targets, EOS too; or those of the response alone."""
+    out = small.out / f"sft {response_only}"
+    run(sft, small, out, "--base_model", small.lm, *["--response_loss_only"] * response_only)
+    model = double(AutoModelForCausalLM, small.lm)
+    adam = Adam(*model.parameters())
+    for metrics, lr in zip(read_metrics(out), (1e-3, 5e-4), strict=True):  # half of a cosine
+        losses = []
+        for post in small.posts:
+            ids = ids_of(small, post, post["summary"])
+            loss = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
+            losses.append(loss[len(small.tokenizer(query_of(post))["input_ids"]) - 1 :] if response_only else loss)
+        loss = torch.cat(losses).mean()
+        adam.step(loss, lr)
+        assert [metrics["sft/loss"], metrics["lr"]] == pytest.approx([loss.item(), lr], abs=1e-5)
+    found, start = [double(AutoModelForCausalLM, path).state_dict() for path in (out / "model", small.lm)]
+    assert_same_weights(found, model.state_dict(), start)
+
+
+def test_reward_updates_and_normalisation(small):
+    run(reward, small, small.out / "reward", "--reward_model_path", small.rm)
+    model = double(AutoModelForSequenceClassification, small.rm)
+    adam = Adam(*model.parameters())
+
+    def score(row, text):
+        return model(ids_of(small, row, text)).logits[0, 0]
+
+    for metrics, lr in zip(read_metrics(small.out / "reward"), (1e-3, 5e-4), strict=True):
+        margins = []
+        for pair in small.pairs:
+            scores = [score(pair["info"], summary["text"]) for summary in pair["summaries"]]
+            margins.append(scores[pair["choice"]] - scores[1 - pair["choice"]])
+        loss = sum(torch.log1p(torch.exp(-margin)) for margin in margins) / 8
+        adam.step(loss, lr)
+        expected = [loss.item(), sum(margins).item() / 8, sum(margin.item() > 0 for margin in margins) / 8]
+        assert [metrics[f"rm/{name}"] for name in ("loss", "margin", "accuracy")] == pytest.approx(expected, abs=1e-5)
+    found, start = [double(AutoModelForSequenceClassification, path) for path in (small.out / "reward/model", small.rm)]
+    assert_same_weights(found.state_dict(), model.state_dict(), start.state_dict())
+    # Detail 15: with the offset, the reference summaries score 0 on average.
+    mean = sum(score(post, post["summary"]).item() for post in small.posts) / 8
+    assert found.config.normalization_offset == pytest.approx(mean, abs=1e-5) and found.config.normalization_rows == 8
+
+
+def test_ppo_updates(small):
+    """Two updates of two epochs of two minibatches; of the script, only the responses and the order of rows are taken."""
+    taken = []
+    update = mock.patch.object(ppo, "ppo_update", lambda *inputs: taken.append(inputs) or original(*inputs))
+    original = ppo.ppo_update
+    flags = ("--sft_model_path", small.lm, "--reward_model_path", small.rm, "--response_length", 8, "--kl_coef", 0.3)
+    flags += ("--local_micro_batch_size", 2, "--num_mini_batches", 2, "--num_ppo_epochs", 2, "--cliprange_value", 0.05)
+    with update:
+        run(ppo, small, small.out / "ppo", *flags)
+    policy, reference = [double(AutoModelForCausalLM, small.lm) for _ in range(2)]
+    value_model, reward_model = [double(AutoModelForSequenceClassification, small.rm) for _ in range(2)]
+    bias = torch.tensor([-0.37], dtype=torch.float64, requires_grad=True)  # Detail 22, and trained
+    adam, pad, seen = Adam(*policy.parameters(), *value_model.parameters(), bias), len(small.tokenizer), set()
+
+    def logprobs_of(model, query, response):
+        logits = model(torch.tensor([query + response])).logits[0, len(query) - 1 : -1] / (0.7 + 1e-7)
+        return logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None]).squeeze(1)
+
+    def values_of(query, response):
+        hidden = value_model.base_model(torch.tensor([query + response])).last_hidden_state[0, len(query) - 1 :]
+        return (value_model.score(hidden).squeeze(1) + bias)[:8]
+
+    metrics = read_metrics(small.out / "ppo")
+    for number, (args, _, model, _, batch, _) in enumerate(taken):
+        rows = [
+            ([t for t in query if t != pad], [t for t in response if t != pad])
+            for query, response in zip(batch["queries"].tolist(), batch["responses"].tolist())
+        ]
+        old = {name: torch.zeros(8, 8, dtype=torch.float64) for name in ("logprobs", "ref_logprobs", "values")}
+        old["scores"] = torch.zeros(8, dtype=torch.float64)
+        with torch.no_grad():
+            for i, (query, response) in enumerate(rows):
+                old["logprobs"][i, : len(response)] = logprobs_of(policy, query, response)
+                old["ref_logprobs"][i, : len(response)] = logprobs_of(reference, query, response)
+                old["values"][i, : len(response) + 1] = values_of(query, response)
+                score = reward_model(torch.tensor([query + response])).logits.item() - 0.37
+                old["scores"][i] = score if 0 in response else -1.0  # Detail 23
+                seen.add(0 in response)
+        lengths = [len(response) for _, response in rows]
+        _, advantages, returns = slow_advantages(old, lengths, args, 8)
+        assert_close(batch["scores"], old["scores"])
+        for i, n in enumerate(lengths):
+            assert_close(batch["logprobs"][i, :n], old["logprobs"][i, :n])
+            assert_close(batch["advantages"][i, :n], advantages[i])
+            assert_close(batch["returns"][i, : n + 1], returns[i])
+        losses = []
+        for epoch in range(2):
+            for minibatch in ppo.draw_minibatches(args, batch, number, epoch):
+                policy_losses, value_losses = [], []
+                for i in minibatch:
+                    a = torch.tensor(advantages[i], dtype=torch.float64)
+                    ratio = torch.exp(logprobs_of(policy, *rows[i]) - old["logprobs"][i, : lengths[i]])
+                    policy_losses.append(-torch.min(ratio * a, ratio.clamp(0.8, 1.2) * a))
+                    value, before = values_of(*rows[i]), old["values"][i, : lengths[i] + 1]
+                    near = value.clamp(before - 0.05, before + 0.05)
+                    errors = torch.stack([value, near]) - torch.tensor(returns[i], dtype=torch.float64)
+                    value_losses.append(0.5 * errors.square().amax(0))
+                losses.append(torch.stack([torch.cat(policy_losses).mean(), torch.cat(value_losses).mean()]))
+                adam.step(losses[-1][0] + 0.1 * losses[-1][1], (1e-3, 5e-4)[number])
+        kl = (old["logprobs"] - old["ref_logprobs"]).sum(1).mean().item()
+        score, entropy = old["scores"].mean().item(), -old["logprobs"].sum(1).mean().item()
+        expected = [*torch.stack(losses).mean(0).tolist(), kl, score, score - 0.3 * kl, entropy]
+        names = ("kl", "scores", "rlhf_reward", "entropy")
+        found = [metrics[number][f"loss/{name}_avg"] for name in ("policy", "value")]
+        assert found + [metrics[number][f"objective/{name}"] for name in names] == pytest.approx(expected, abs=1e-4)
+        assert found == pytest.approx(expected[:2], abs=1e-5)
+        assert metrics[number]["policy/clipfrac_avg"] > 0 and metrics[number]["val/clipfrac_avg"] > 0
+    assert seen == {True, False} and abs(kl) > 0.01  # with and without EOS; the policy has left the reference
+    expected = {f"policy.{name}": p for name, p in policy.state_dict().items()}
+    expected |= {f"value_model.body.{name}": p for name, p in value_model.base_model.state_dict().items()}
+    expected |= {"value_model.head.weight": value_model.score.weight.data, "value_model.head.bias": bias.data}
+    assert_same_weights(model.state_dict(), expected, load_networks(small.lm, small.rm).model.state_dict())
+    saved, start = [double(AutoModelForCausalLM, path).state_dict() for path in (small.out / "ppo/model", small.lm)]
+    assert_same_weights(saved, policy.state_dict(), start)
+
+
+# ---- Model folders that cannot work, and what is kept of others ------------------------------------------------------
+def edit_config(folder, **changes):
+    path = Path(folder) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# What the line that refuses it says, and how such a folder is made of a good one.
+REFUSED = {
+    "fewer layers in the config": ("layers.1", dict(num_hidden_layers=1)),
+    "more layers in the config": ("layers.2", dict(num_hidden_layers=3)),
+    "quantized": ("dequantize", dict(quantization_config={"quant_method": "fp8", "weight_block_size": [16, 16]})),
+    "adapter": ("merge", {}),
+    "encoder-decoder": ("encoder-decoder", {}),
+    "looks to the right": ("not causal", {}),
+    "no sequence classifier": ("AutoModelForSequenceClassification", {}),
+    "300 rows under 844 ids": ("300", {}),
+    "eos outside the embedding": ("embedding", {}),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_refused_model_folders(kind, small, tmp_path):
+    base, tokenizer = tmp_path / "base", make_tokenizer()
+    mentioned, changes = REFUSED[kind]
+    config = None
+    if kind == "looks to the right":
+        config = AutoConfig.for_model("bert", vocab_size=400, initializer_range=0.2, **H)
+    elif kind == "no sequence classifier":
+        config = AutoConfig.for_model("cohere", vocab_size=400, **G)
+    make_model_folder(base, config, **{"vocab_size": 300} if kind == "300 rows under 844 ids" else {})
+    edit_config(base, **changes)
+    if kind == "adapter":
+        (base / "adapter_config.json").write_text("{}")
+    elif kind == "encoder-decoder":
+        t5 = T5Config(vocab_size=400, d_model=32, d_ff=64, num_layers=1, num_heads=4)
+        T5ForConditionalGeneration(t5).save_pretrained(base)
+    elif kind == "300 rows under 844 ids":
+        make_tokenizer(844).save_pretrained(base)
+    elif kind == "eos outside the embedding":
+        tokenizer.add_tokens([f"<{i}>" for i in range(29)])  # the embedding has 427 rows
+        tokenizer.add_special_tokens({"eos_token": "<end>"})
+        tokenizer.save_pretrained(base)
+    script, flag = (reward, "--sft_model_path") if kind == "no sequence classifier" else (sft, "--base_model")
+    done = run(script, small, tmp_path / "out", flag, base, code=2)
+    (line,) = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert mentioned in line and str(base) in line and not (tmp_path / "out" / "model").exists(), line
+
+
+def test_bias_and_offset_of_a_reward_model_are_kept(small, tmp_path):
+    """Other trainers save score.bias, which transformers drops. The score is raw output + bias - offset."""
+    model = AutoModelForSequenceClassification.from_pretrained(small.rm)
+    path = str(tmp_path)
+    for folder in (model, small.tokenizer):
+        folder.save_pretrained(path)
+    weights = load_file(f"{path}/model.safetensors") | {"score.bias": torch.tensor([1.5])}
+    save_file(weights, f"{path}/model.safetensors", metadata={"format": "pt"})
+    rows, nets = torch.arange(20).view(2, 10), load_networks(small.lm, path)
+    expected = [[alone(model, row).item() + 1.5 - 0.37] for row in rows.tolist()]
+    classifier = reward.load_classifier(path, reward.load_config(path, "", 10), reward.load_tokenizer(path, ""), "")
+    with torch.no_grad():
+        for network in (nets.reward_model, nets.model.value_model):
+            assert_close(network(rows, torch.full((2, 1), 9)), expected)
+        assert_close(reward.RewardModel(classifier)(rows)[:, None] - classifier.config.normalization_offset, expected)
+
+
+def test_rows_for_ids_beyond_the_embedding_are_the_mean_and_equal(small, tmp_path):
+    """[PAD] and 90 ids more: the first KL is exactly 0 in a run whose prompts and samples hold them."""
+    tokenizer = make_tokenizer()
+    words = {word for post in small.posts for word in (post["title"] + " " + post["summary"]).split()}
+    tokenizer.add_tokens([f"<{i}>" for i in range(690 - len(words))] + [f" {word}" for word in sorted(words)])
+    base = make_model_folder(tmp_path / "base", tokenizer=tokenizer, vocab_size=1000)
+    run_stages(small, base, tmp_path)
+    first = read_metrics(tmp_path / "ppo")[0]
+    assert first["objective/kl"] == 0 and first["val/ratio_first_dev"] == 0
+    model = load_lm(base)
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        assert len(layer.weight) == 1091  # 1,090 and [PAD]
+        assert_close(layer.weight[1000:], layer.weight[:1000].mean(0).expand(91, -1))
+
+
+def test_fp16_folder_gets_fp32_masters_that_move_at_lr_3e_6(small, tmp_path):
+    """Detail 8. In fp16 itself, most weights would stay where they are at this learning rate."""
+    base = make_model_folder(tmp_path / "base", dtype=torch.float16)
+    (tmp_path / "base" / "generation_config.json").write_text('{"top_k": 3, "repetition_penalty": 2.0}')
+    run(sft, small, tmp_path / "out", "--base_model", base, "--lr", 3e-6)
+    before, after = [AutoModelForCausalLM.from_pretrained(path) for path in (base, tmp_path / "out" / "model")]
+    assert before.dtype == torch.float16 and after.dtype == torch.float32  # what transformers keeps by itself, and ours
+    pairs = [(old, new) for (name, old), new in zip(before.named_parameters(), after.parameters()) if "embed" not in name]
+    moved = [(new != old.float()).float().mean() for old, new in pairs]
+    would_move = [(new.half() != old).float().mean() for old, new in pairs]
+    assert sum(moved) / len(moved) > 0.9 and sum(would_move) / len(would_move) < 0.6
+    # The folder is ready for plain `generate`, and has lost the base model's sampling settings.
+    config, tokenizer = after.generation_config, AutoTokenizer.from_pretrained(tmp_path / "out" / "model")
+    assert config.top_k != 3 and config.repetition_penalty != 2.0 and config.eos_token_id == tokenizer.eos_token_id
+    assert tokenizer.pad_token == "[PAD]" and tokenizer.padding_side == "left"
+    assert config.pad_token_id == after.config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_a_config_cannot_choose_its_attention(tmp_path):
+    """One that lets prompts attend to each other, say, would change every logprob in silence."""
+    base = make_model_folder(tmp_path / "base")
+    expected = alone(AutoModelForCausalLM.from_pretrained(base).eval(), list(range(20)))
+    AttentionInterface.register("of_somebody", lambda *inputs, **options: pytest.fail("was called"))
+    edit_config(base, _attn_implementation="of_somebody", attn_implementation="of_somebody")
+    for script in (sft, ppo):
+        assert_close(alone(load_lm(base, script).eval(), list(range(20))).float(), expected)
+
+
+def test_new_reward_head(tmp_path):
+    """Detail 11: N(0, 1/sqrt(d+1)), no bias. 1/(d+1) would be 0.03, and the model's own initial std is 0.2."""
+    model, weights = load_new_classifier(make_model_folder(tmp_path / "base")), []
+    for _ in range(100):
+        reward.init_head(model)
+        weights.append(model.score.weight.data.clone())
+    assert model.score.bias is None and torch.cat(weights).std().item() == pytest.approx(33**-0.5, rel=0.05)
+
+
+def test_pad_and_spare_rows_are_never_sampled(tmp_path, accelerator):
+    """Even where the model wants nothing else."""
+    base = make_model_folder(tmp_path / "base")
+    tokenizer, model = ppo.load_tokenizer(base, ""), load_lm(base)
+    model.get_output_embeddings().weight.data[tokenizer.pad_token_id :] *= 100
+    for script in (sft, ppo):
+        args = SimpleNamespace(response_length=30)
+        _, responses = script.sample_responses(args, accelerator, model, tokenizer, [[1, 2]] * 8, 1.0, size=3)
+        for row in responses.tolist():
+            text = [token for token in row if token != tokenizer.pad_token_id]
+            assert row == text + [tokenizer.pad_token_id] * (30 - len(text)) and max(text) < tokenizer.pad_token_id
+            assert len(text) == 30 or text[-1] == tokenizer.eos_token_id

@@ -1,0 +1,56 @@
+"""Commands as a user gives them, for the tests of this folder. Whatever they start ends with them."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+from common import ROOT
+
+sys.path.insert(0, str(ROOT))
+from benchmark.systems.processes import started  # noqa: E402
+
+ENV = {name: value for name, value in os.environ.items() if name.split("_")[0] not in ("ACCELERATE", "WANDB", "TLDR")}
+POOL = ThreadPoolExecutor(2)
+LONG = {}  # the functions that `long` decorates, by name
+RUNNING = {}  # their results, which may be still to come
+
+
+def start(*words, env=(), **options):
+    """A command in the project's folder, for a `with` block."""
+    return started(words, env=ENV | dict(env), cwd=ROOT, text=True, **options)
+
+
+def run(*words, env=()):
+    """Run a command to its end; its exit code and what it wrote."""
+    with start(*words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        out, err = process.communicate(timeout=600)
+    return SimpleNamespace(code=process.returncode, out=out, err=err)
+
+
+def long(function):
+    """
+    A fixture from a function that runs commands for many seconds. The first test that wants one starts all that the
+    selected tests want, two at a time.
+    """
+    LONG[function.__name__] = function
+
+    @pytest.fixture(scope="module", name=function.__name__)
+    def result(request, tmp_path_factory):
+        wanted = {name for item in request.session.items for name in item.fixturenames}
+        for name, job in LONG.items():
+            if name in wanted and name not in RUNNING:
+                RUNNING[name] = POOL.submit(job, tmp_path_factory.mktemp(name))
+        return RUNNING[function.__name__].result()
+
+    return result
+
+
+def error_line(done):
+    """The one line by which a command says what is wrong."""
+    assert done.code == 2, (done.code, done.out[-1000:], done.err[-2000:])
+    lines = [line for line in done.err.splitlines() if "error" in line]
+    assert len(lines) == 1 and "Traceback" not in done.err, done.err
+    return lines[0]

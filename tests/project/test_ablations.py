@@ -1,0 +1,250 @@
+"""The ablations: every diff in benchmark/ablations applies to the scripts, and does what its header says, no more."""
+
+import functools
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from common import CACHE, LENGTHS, ROOT, make_model_folder, make_posts, ppo, read_metrics, reward, run_inside, sft
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+sys.path.insert(0, str(ROOT))
+from benchmark.ablations import ablate  # noqa: E402
+
+SCRIPTS = {"sft": sft, "reward": reward, "ppo": ppo}
+VARIANTS = {variant.name: variant for variant in ablate.load_variants()}
+# The diffs that change defaults of ppo.py, and nothing else.
+FLAGS = {
+    "adam_eps_1e-8": {"eps": 1e-8}, "tuned_lr": {"lr": 5e-4}, "no_kl": {"kl_coef": 0.0},
+    "no_clipping": {"cliprange": 1e9}, "no_value_clipping": {"cliprange_value": 1e9},
+    "one_epoch": {"num_ppo_epochs": 1}, "minibatches_4": {"num_mini_batches": 4, "gradient_accumulation_steps": 1},
+    "no_eos_penalty": {"missing_eos_penalty": None}, "reward_whitening": {"whiten_rewards": True},
+}  # fmt: skip
+EOS, PAD, R = 0, 9, 8  # two token ids; tokens sampled per response
+
+
+@functools.cache
+def patched(name, script="ppo"):
+    """A script with a diff, as a module; "" is no diff."""
+    if name == "":
+        return SCRIPTS[script]
+    path = Path(CACHE, name, f"{script}.py")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(ablate.patched_scripts(VARIANTS[name])[path.name], encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(f"{script}_{name}", path)
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders of an SFT model with dropout, and of another body as reward model with the normalisation offset 0.5."""
+    root = tmp_path_factory.mktemp("models")
+    base, other = [make_model_folder(root / name, hidden_dropout=0.25, seed=seed) for seed, name in enumerate("ab")]
+    tokenizer = reward.load_tokenizer(other, "x")
+    classifier = AutoModelForSequenceClassification.from_pretrained(other, num_labels=1)
+    classifier.config.normalization_offset = 0.5
+    classifier.save_pretrained(root / "reward")
+    tokenizer.save_pretrained(root / "reward")
+    return SimpleNamespace(sft=base, reward=str(root / "reward"), tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="module")
+def run_ppo(models, data, tmp_path_factory):
+    """The function name, flags -> the output folder of a small run of ppo.py with that diff."""
+
+    def run(name, *flags, train=None):
+        flags = ["--sft_model_path", models.sft, "--reward_model_path", models.reward, "--lr", 1e-3, *flags]
+        flags += ["--query_dataset", data.posts, *LENGTHS, "--response_length", R, "--local_micro_batch_size", 2]
+        folder = tmp_path_factory.mktemp("runs") / "ppo"
+        with mock.patch.object(patched(name), "train", train or patched(name).train):
+            done = run_inside(patched(name), *flags, "--print_samples_every", 0, "--output_dir", folder)
+        assert done.code == 0, done.err
+        return folder
+
+    return run
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_diff_applies_and_is_small(name, tmp_path):
+    header, path = VARIANTS[name].header, VARIANTS[name].path
+    lines = path.read_text().splitlines()
+    assert len(lines) <= 40 and max(map(len, lines)) <= 121  # a mark, and a line of the scripts
+    assert [*header][:5] == ["title", "detail", "changes", "expected", "stages"] and all(header.values())
+    after = ablate.patched_scripts(VARIANTS[name])  # by git apply
+    before = {script: (ROOT / script).read_text(encoding="utf-8") for script in after}
+    assert any(f"# Detail {header['detail']} (" in text for text in before.values())
+    for script, text in after.items():
+        compile(text, script, "exec")
+        (tmp_path / script).write_text(before[script], encoding="utf-8")
+    changed = [script for script in after if after[script] != before[script]]
+    assert changed == re.findall(r"^\+\+\+ b/(.*)", "\n".join(lines), re.MULTILINE)
+    assert header["stages"].split(", ") == list(SCRIPTS)[list(after).index(changed[0]) :]
+    if shutil.which("patch"):
+        subprocess.run(["patch", "-p1", "--fuzz=0", "-i", path], cwd=tmp_path, check=True, capture_output=True)
+        assert {script: (tmp_path / script).read_text(encoding="utf-8") for script in after} == after
+    # Defaults are changed, which the harness then leaves out of the command, or code is.
+    marked = [line for line in lines if re.match(r"[-+](?![-+]{2} )", line)]
+    assert all(re.match(r"[-+]    \w+: [\w\[\]]+ = .*  # ", line) for line in marked) == (name in FLAGS)
+    assert VARIANTS[name].decided.get("ppo", set()) == set(FLAGS.get(name, {}))
+    if name in FLAGS:
+        assert vars(patched(name).Args()) == vars(ppo.Args()) | FLAGS[name] != vars(ppo.Args())
+
+
+def test_queries(models):
+    args = SimpleNamespace(max_query_length=90, max_response_length=53, max_query_response_length=200)
+    for script in ("sft", "ppo"):
+        plain = SCRIPTS[script].tokenize_posts(args, make_posts(9, 3), models.tokenizer)
+        spaced = patched("trailing_space", script).tokenize_posts(args, make_posts(9, 3), models.tokenizer)
+        assert [post["query"] for post in spaced] == [post["query"] + " " for post in plain]
+        assert [post["tokens"].tolist() for post in spaced] == [post["tokens"].tolist() for post in plain]
+    parts = ("SUBREDDIT: r/advice\n\nPOST: ", "my boss lied about the money\n" * 9, "\n\nTL;DR:")
+    [soft] = ppo.make_queries(models.tokenizer, [parts], 40)
+    [hard] = patched("hard_truncation").make_queries(models.tokenizer, [parts], 40)
+    assert soft.endswith("\n\nTL;DR:") and "TL;DR:" not in hard
+    assert "".join(parts).startswith(hard) and len(ppo.encode(models.tokenizer, [hard])[0]) == 40
+
+
+def test_sft(models):
+    accelerator = SimpleNamespace(device="cpu", autocast=nullcontext)
+    args = SimpleNamespace(response_loss_only=True, response_length=R)
+    for name, targets in (("", 2), ("eos_as_pad", 1), ("sft_loss_on_query", 3)):
+        module = patched(name, "sft")
+        tokenizer = module.load_tokenizer(models.sft, "x")
+        policy = module.load_causal_lm(models.sft, AutoConfig.from_pretrained(models.sft), tokenizer, "x")
+        posts = [{"tokens": [5, 6, 7, EOS], "query_tokens": [5, 6]}]
+        logprobs = module.target_logprobs(args, accelerator, policy, posts, tokenizer.pad_token_id)
+        assert int((logprobs != 0).sum()) == targets  # with EOS as pad token, the loss does not see EOS
+        assert module.count_targets(args, posts) == (3 if name == "sft_loss_on_query" else 2)
+        queries = list(torch.randint(5, 300, (40, 6), generator=torch.manual_seed(0)))
+        _, responses = module.sample_responses(args, accelerator, policy, tokenizer, queries, 1.0, 40)
+        assert 0 < (responses == EOS).any(1).sum() < 40  # EOS can be sampled: to stop is what is not learned
+
+
+def test_loading(models):
+    for script, module in SCRIPTS.items():
+        assert module.load_config(models.sft, "x", 100).hidden_dropout == 0.0
+        assert patched("dropout", script).load_config(models.sft, "x", 100).hidden_dropout == 0.25
+        patched("eos_as_pad", script).load_tokenizer(models.sft, "x").save_pretrained(f"{models.sft}_{script}")
+        assert patched("eos_as_pad", script).load_tokenizer(f"{models.sft}_{script}", "x").pad_token_id == EOS
+    assert patched("dropout_ppo").load_config(models.reward, "x", 100).hidden_dropout == 0.1
+
+
+def test_reward_model():
+    """A head with standard deviation 1, and the score read at the last position."""
+    rows = torch.tensor([[5, 6, EOS, PAD], [5, 6, 7, EOS]])
+    classifier = SimpleNamespace(score=torch.nn.Identity(), config=SimpleNamespace(pad_token_id=PAD))
+    classifier.base_model = lambda input_ids, **_: SimpleNamespace(last_hidden_state=input_ids[..., None])
+    for name, tokens in (("", [EOS, EOS]), ("reward_last_position", [PAD, EOS])):
+        assert patched(name, "reward").RewardModel(classifier)(rows).tolist() == tokens
+        assert rows.gather(1, patched(name).last_token_idx(rows, PAD)).squeeze(1).tolist() == tokens
+    for name, std in (("", 0.01), ("head_std_1", 1.0)):
+        classifier.score = torch.nn.Linear(9999, 1, bias=False)
+        patched(name, "reward").init_head(classifier)
+        assert classifier.score.weight.std().item() == pytest.approx(std, rel=0.05)
+
+
+def test_initial_networks(run_ppo):
+    """The diffs of the value model, and of the normalisation offset."""
+    for name in ("", "no_normalisation", "value_from_sft", "value_from_scratch"):
+        train = mock.Mock()
+        run_ppo(name, "--total_episodes", 0, train=train)
+        nets = train.call_args.args[2]
+        value_model, reward_model = nets.model.value_model, nets.reward_model
+        bodies = (reward_model.body, nets.reference.base_model)
+        same = [torch.equal(body.embed_in.weight, value_model.body.embed_in.weight) for body in bodies]
+        assert same == [name in ("", "no_normalisation"), name == "value_from_sft"]
+        assert torch.equal(value_model.head.weight, reward_model.head.weight) == same[0]
+        assert value_model.head.bias.item() == (-0.5 if name == "" else 0.0)
+        assert reward_model.head.bias.item() == (0.0 if name == "no_normalisation" else -0.5)
+
+
+def advantages(module):
+    """Of a made-up rollout: 6 responses, the first with EOS as its third token of 5; later ones have larger scores."""
+    responses = torch.full((6, 5), 7)
+    responses[0] = torch.tensor([7, 7, EOS, PAD, PAD])
+    batch = module.response_masks(responses, PAD) | {"scores": 10 + torch.arange(6.0) ** 2}
+    logprobs, ref_logprobs, values = torch.randn((3, 6, 5), generator=torch.manual_seed(0))
+    batch["logprobs"], batch["ref_logprobs"] = [x.masked_fill(responses == PAD, 1.0) for x in (logprobs, ref_logprobs)]
+    batch["values"] = values.masked_fill(batch["padding_mask_p1"], 0.0)
+    return batch | module.compute_advantages(module.Args(), batch)
+
+
+def test_rewards_and_advantages(monkeypatch):
+    plain, at_eos = advantages(ppo), advantages(patched("reward_at_eos"))
+    assert torch.allclose(plain["rewards"][0] + 0.05 * plain["kl"][0], torch.tensor([0.0, 0.0, 0.0, 10.0, 0.0]))
+    assert advantages(patched("no_kl"))["rewards"][0].tolist() == [0, 0, 0, 10, 0]
+    assert torch.allclose(at_eos["rewards"][0] + 0.05 * plain["kl"][0], torch.tensor([0.0, 0.0, 10.0, 0.0, 0.0]))
+    assert at_eos["values"][0, 3] == 0 != plain["values"][0, 3]  # the value after EOS
+    assert torch.equal(at_eos["rewards"][1:], plain["rewards"][1:])  # without EOS: at the last token, as before
+    whitened = advantages(patched("reward_whitening"))["rewards"][~plain["padding_mask_p1"]]
+    assert whitened.std(correction=0).item() == pytest.approx(1, abs=1e-4)
+    # Advantages: over all rows, or over those of each of two processes.
+    whole, raw = plain["advantages"], advantages(patched("no_advantage_whitening"))["advantages"]
+    assert torch.allclose(raw, (plain["returns"] - plain["values"]).masked_fill(plain["padding_mask"], 0.0))
+    monkeypatch.setattr(patched("per_rank_whitening"), "PartialState", lambda: SimpleNamespace(num_processes=2))
+    halves = advantages(patched("per_rank_whitening"))["advantages"]
+    for found, rows in ((whole, slice(0, 6)), (halves, slice(0, 3)), (halves, slice(3, 6))):
+        valid = ~plain["padding_mask"][rows]
+        part = raw[rows][valid]
+        assert torch.allclose(found[rows][valid], (part - part.mean()) / part.std(correction=0), atol=1e-5)
+
+
+@pytest.mark.parametrize("script", ["reward", "ppo"])
+def test_per_rank_shuffle(script):
+    """Two processes share out all rows of a pass; with seeds of their own, some are taken twice and some never."""
+    rows = [{"query_tokens": i, "chosen": [i], "rejected": [i]} for i in range(16)]
+    for name in ("", "per_rank_shuffle"):
+        taken = []
+        for process in range(2):
+            accelerator = SimpleNamespace(process_index=process, num_processes=2, is_main_process=False, device="cpu")
+            rest = [mock.MagicMock()] * (3 if script == "reward" else 2)
+            stop = mock.Mock(side_effect=InterruptedError)  # in place of what a process does with its first rows
+            module = patched(name, script)
+            with mock.patch.multiple(module, rollout=stop, pad_rows=stop, create=True), pytest.raises(InterruptedError):
+                module.train(module.Args(local_micro_batch_size=8), accelerator, *rest, rows, 16, range(1), [])
+            taken += [i for [i] in stop.call_args.args[0][:8]] if script == "reward" else stop.call_args.args[3]
+        assert len(taken) == 16 and (len(set(taken)) == 16) == (name == "")
+
+
+def test_training(run_ppo):
+    first = {}  # lines of metrics.jsonl
+    names = "no_annealing tensorflow_adam no_temperature no_truncation dropout_ppo decoder_logprobs_bf16"
+    for name in ["", *names.split()]:
+        adamw = torch.optim.AdamW
+        with mock.patch.object(adamw, "step", autospec=True, side_effect=adamw.step) as spy:
+            lines = read_metrics(run_ppo(name, "--total_episodes", 16, "--num_ppo_epochs", 2))
+        eps = spy.call_args.args[0].param_groups[0]["eps"]  # of the fourth and last optimizer step
+        assert eps == pytest.approx(1e-5 / (1 - 0.999**4) ** 0.5 if name == "tensorflow_adam" else 1e-5)
+        assert [line["lr"] for line in lines] == [1e-3, 1e-3 if name == "no_annealing" else 5e-4]
+        # First ratios are 1; dropout and logprobs of a decoder in bf16 move them.
+        for line in lines:
+            assert (line["val/ratio_first_dev"] > 1e-3) == (name in ("dropout_ppo", "decoder_logprobs_bf16"))
+        first[name] = lines[0]
+    assert first["decoder_logprobs_bf16"]["val/ratio_first_dev"] < 0.2
+    assert first["no_temperature"]["objective/scores"] == first[""]["objective/scores"]  # the same samples
+    assert first["no_temperature"]["policy/entropy_avg"] > first[""]["policy/entropy_avg"] + 0.1
+    assert first[""]["objective/response_length"] < R == first["no_truncation"]["objective/response_length"]
+
+
+def test_the_evaluation_is_as_before(run_ppo):
+    """No truncation and no temperature concern the training alone."""
+    found = []
+
+    def train(args, accelerator, nets, *rest):  # so that the KL is not 0
+        nets.model.policy.get_output_embeddings().weight.data.mul_(0.8)
+
+    for name in ("", "no_truncation", "no_temperature"):
+        folder = run_ppo(name, "--total_episodes", 0, "--run_eval", "--eval_temperature", 1.0, train=train)
+        found.append(((folder / "samples_validation.csv").read_text(encoding="utf-8"), read_metrics(folder)))
+    assert abs(found[0][1][0]["eval/kl"]) > 0.1 and 0 < found[0][1][0]["eval/eos_share"] < 1
+    assert found[0] == found[1] == found[2]

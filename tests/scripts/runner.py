@@ -1,0 +1,228 @@
+"""
+Runs sft.py, reward.py and ppo.py for the tests: as a command, or in a fork of a server that has imported them already,
+which spares each run ten seconds. A fork is a process like any other: it can be killed, signalled, and be one of two.
+"""
+
+import ctypes
+import faulthandler
+import importlib
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import contextmanager
+from multiprocessing import forkserver
+from multiprocessing.connection import wait as wait_for_any
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = Path(tempfile.mkdtemp(prefix="tests-scripts-"))  # removed at the end of the session
+# Nothing of the user's is read or written, and no network is used. The models are tiny: more threads would only wait for
+# one another.
+ENV = {name: value for name, value in os.environ.items() if name.split("_")[0] not in ("ACCELERATE", "HF", "WANDB")}
+ENV |= {"HOME": str(FOLDER), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+ENV |= {"DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])}
+# What a launcher tells its processes with benchmark/accelerate/cpu_ddp.yaml and cpu_zero2.yaml, the latter on one or two.
+ZERO2 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+ENGINES = {
+    "one": {},
+    "ddp": {"WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"},
+    "zero2": {"WORLD_SIZE": "2"} | ZERO2,
+    "zero2 on one": {"WORLD_SIZE": "1"} | ZERO2,
+}
+CONTEXT = multiprocessing.get_context("forkserver")
+
+
+def start_server():
+    """Start the server, which does its imports while the tests are collected."""
+    before = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(ENV)
+    CONTEXT.set_forkserver_preload(["pytest", "warm"])
+    forkserver.ensure_running()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def end_with_parent():
+    """A process group of its own, and SIGKILL for this process when its parent is gone."""
+    os.setsid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def in_fork(name, flags, env, inside, files):
+    """In a fork of the server: main() of a script with these flags, its stdin, stdout and stderr in files."""
+    end_with_parent()
+    os.environ.update(env)
+    for number, path in enumerate(files):
+        os.dup2(os.open(path, os.O_RDWR), number)
+    sys.stdin = open(0, closefd=False)
+    sys.stdout = open(1, "w", closefd=False, encoding=env.get("PYTHONIOENCODING", "utf-8"))
+    sys.stderr = open(2, "w", closefd=False, errors="backslashreplace")
+    faulthandler.register(signal.SIGUSR2)  # says where it hangs
+    module = importlib.import_module(name)
+    module.tqdm.set_lock(threading.RLock())  # tqdm's own is for several processes; a killed one would leave it behind
+    sys.argv = [module.__file__, *flags]
+    if inside:
+        inside()
+    module.main()
+
+
+class Run:
+    """
+    A script that runs in one fork, or in two that make up an engine.
+
+    `inside` is called in each before main(), to put something in its way. After `wait`: `codes`, `outs` and `errs` of all,
+    `code` (the common one, or all), `out` and `err` (those of rank 0).
+    """
+
+    running = []
+
+    def __init__(self, name, *flags, engine="one", inside=None, env=(), stdin=""):
+        folder = Path(tempfile.mkdtemp(dir=FOLDER))
+        number = int(ENGINES[engine].get("WORLD_SIZE", 1))
+        env = ENGINES[engine] | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} | dict(env)
+        self.files = []
+        self.processes = []
+        for rank in range(number):
+            ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(number)}
+            ranks = ranks if "WORLD_SIZE" in env else {}
+            files = [folder / f"{stream}{rank}" for stream in ("in", "out", "err")]
+            for file in files:
+                file.write_text(stdin if file is files[0] else "")
+            self.files.append(files)
+            arguments = (name, list(map(str, flags)), env | ranks, inside, list(map(str, files)))
+            self.processes.append(CONTEXT.Process(target=in_fork, args=arguments, daemon=True))
+        for process in self.processes:
+            process.start()
+        Run.running.append(self)
+
+    def wait(self, timeout=200):
+        """
+        Wait for the end of all. As with a launcher, one that fails ends the others, after ten seconds here. What still
+        runs after `timeout` seconds says where, and is killed.
+        """
+        deadline = time.time() + timeout
+        while any(process.is_alive() for process in self.processes) and time.time() < deadline:
+            if any(process.exitcode for process in self.processes):
+                deadline = min(deadline, time.time() + 10)
+            wait_for_any([process.sentinel for process in self.processes if process.is_alive()], timeout=1)
+        for process in self.processes:
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGUSR2)
+                time.sleep(0.5)
+        self.end()
+        self.codes = [process.exitcode for process in self.processes]
+        self.outs = [files[1].read_text(errors="replace") for files in self.files]
+        self.errs = [files[2].read_text(errors="replace") for files in self.files]
+        self.code = self.codes[0] if len(set(self.codes)) == 1 else self.codes
+        self.out = self.outs[0]
+        self.err = self.errs[0]
+        return self
+
+    def wait_until_paused(self):
+        """Wait until rank 0 has sent itself SIGSTOP."""
+        process = psutil.Process(self.processes[0].pid)
+        while process.status() != psutil.STATUS_STOPPED:
+            assert process.status() != psutil.STATUS_ZOMBIE, self.wait().errs
+            time.sleep(0.01)
+
+    def end(self):
+        """Kill the process groups, if they are still there."""
+        for process in self.processes:
+            if process.is_alive():
+                os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+        if self in Run.running:
+            Run.running.remove(self)
+
+
+def run(*arguments, code=0, **options):
+    """Run a script in a fork to its end, which must be with this exit code."""
+    done = Run(*arguments, **options).wait()
+    assert done.code == code, (done.codes, done.out[-1000:], *(err[-3000:] for err in done.errs))
+    return done
+
+
+def ahead(start, cases):
+    """
+    A function that gives the finished run of a case. `start(case)` starts one; the case that follows in `cases` is started
+    as well, so that two cores are busy.
+    """
+    started = {}
+
+    def get(case):
+        place = cases.index(case)
+        for near in cases[place : place + 2]:
+            if near not in started:
+                started[near] = start(near)
+        return started[case].wait()
+
+    return get
+
+
+@contextmanager
+def read_only(disk):
+    """The mounted folder `disk`, read-only for a block."""
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+
+
+@contextmanager
+def command(*words, env=(), **options):
+    """A command in a process group of its own, which ends with the block."""
+    words = [sys.executable, *map(str, words)]
+    process = subprocess.Popen(
+        words, env=ENV | dict(env), preexec_fn=end_with_parent, text=True, errors="replace", cwd=FOLDER, **options
+    )
+    try:
+        yield process
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        process.wait()
+
+
+def listed(flags):
+    """Flags as words; a flag whose value is None has none."""
+    return [word for pair in flags.items() for word in pair if word is not None]
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def read_json(path):
+    return json.loads(Path(path).read_text())
+
+
+def read_metrics(out):
+    """metrics.jsonl of a run, without the fields that depend on the clock."""
+    rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "eps" and not k.startswith("time/")} for row in rows]
+
+
+def error_line(done):
+    """The one line by which a run with exit code 2 says what is wrong."""
+    assert done.code == 2, (done.codes, done.out[-1000:], done.err[-3000:])
+    assert "Traceback" not in done.out + done.err, done.err
+    # A progress bar may stand before it.
+    lines = [line for line in done.err.replace("\r", "\n").splitlines() if "error:" in line]
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.err
+    return lines[0]

@@ -1,0 +1,476 @@
+"""
+sft.py, reward.py and ppo.py for a few steps on a small model and small data: what they write, that every flag has an effect,
+that the same seed gives the same result, and that what should change nothing changes nothing.
+"""
+
+import dataclasses
+import json
+import math
+import subprocess
+from collections import Counter
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import pytest
+import runner
+import small
+import torch
+from fake_hub import FakeHub
+from moments import count_kept
+from rouge_score.rouge_scorer import RougeScorer
+from runner import Run, ahead, listed, read_json, read_metrics
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import ppo
+import reward
+import sft
+
+MODULES = {"sft": sft, "reward": reward, "ppo": ppo}
+SECRET = "hf_SecretOfATest0123456789"
+METRICS = {
+    "sft": "episode epoch lr grad_norm eps sft/loss",
+    "reward": "episode epoch lr grad_norm eps rm/loss rm/accuracy rm/chosen_rewards rm/rejected_rewards rm/margin",
+    "ppo": "episode epoch lr grad_norm eps time/rollout time/train objective/kl objective/entropy objective/scores "
+    "objective/non_score_reward objective/rlhf_reward objective/rm_scores objective/response_length loss/policy_avg "
+    "loss/value_avg policy/approxkl_avg policy/clipfrac_avg policy/entropy_avg val/clipfrac_avg val/ratio val/ratio_var "
+    "val/ratio_first val/ratio_first_dev val/num_eos_tokens val/eos_share",
+}
+EVALUATION = {
+    "sft": "rows loss response_length rouge1 rouge2 rougeL",
+    "reward": "pairs accuracy accuracy_low accuracy_high loss pairs_cnndm accuracy_cnndm reference_mean reference_std "
+    "left_padding_mean left_padding_max",
+    "ppo": "rows rm_win_rate score reference_score kl response_length eos_share",
+}
+
+
+def weights(out):
+    return load_file(out / "model/model.safetensors")
+
+
+def same_files(a, b, *names):
+    return all((a / name).read_bytes() == (b / name).read_bytes() for name in names)
+
+
+def close(found, expected):
+    """The same metrics but for rounding; a share of clipped tokens may differ by a token."""
+    assert found.keys() == expected.keys()
+    for name in found:
+        assert "clipfrac" in name or found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-4), name
+
+
+# ---- What a run writes -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("script", MODULES)
+def test_files(script, chain):
+    out = getattr(chain.out, script)
+    *updates, evaluation = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    for row in updates:
+        assert all(map(math.isfinite, row.values()))
+        assert set(row) == set(METRICS[script].split())
+    assert set(evaluation) == {"episode"} | {f"eval/{name}" for name in EVALUATION[script].split()}
+    summary = read_json(out / "summary.json")
+    assert evaluation.items() <= (summary | {"episode": summary["episodes"]}).items()
+    assert len(updates) == summary["updates"] and all(map(math.isfinite, summary.values()))
+    record = read_json(out / "args.json")
+    assert set(record["args"]) == {field.name for field in dataclasses.fields(MODULES[script].Args)}
+    assert record["args"]["lr"] == 1e-3 and record["versions"]["torch"] == torch.__version__
+    assert record["command"][1:] and "git_commit" in record and record["launch"].startswith("1 x cpu")
+    files = {path.name for path in (out / "model").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= files
+    assert not [path for path in out.rglob("*") if ".tmp" in path.name]
+    for path in (out / "model").iterdir():
+        assert path.stat().st_mode & 0o044 == 0o044, f"{path} can be read by its owner only"
+    done = getattr(chain, script)
+    assert f"{script}: results, also in {out}/summary.json" in done.out and "Traceback" not in done.err
+    assert all(name in done.out for name in summary)
+
+
+@pytest.mark.parametrize("script, peak", [("sft", 0.5), ("reward", 0.5), ("ppo", 1)])
+def test_learning_rate(script, peak, chain):
+    """Annealed to 0: along a cosine, and in PPO linearly."""
+    rows = read_metrics(getattr(chain.out, script))[:-1]
+    assert [row["episode"] for row in rows] == [8 * (i + 1) for i in range(len(rows))]
+    for i, row in enumerate(rows):
+        share = i / len(rows)
+        assert row["lr"] == pytest.approx(1e-3 * (1 - share if script == "ppo" else (1 + math.cos(math.pi * share)) / 2))
+
+
+def test_sft_evaluation(chain, world):
+    samples = pd.read_csv(chain.out.sft / "samples_validation.csv", keep_default_na=False)
+    assert list(samples.columns) == ["id", "query", "response", "reference"]
+    posts = pd.read_parquet(world.posts / "validation.parquet")
+    assert samples.id.tolist() == posts.id.tolist() and samples.reference.tolist() == posts.summary.tolist()
+    found = read_metrics(chain.out.sft)[-1]
+    for kind in ("rouge1", "rouge2", "rougeL"):
+        scorer = RougeScorer([kind], use_stemmer=False)  # as the published figures
+        scores = [scorer.score(a, b)[kind].fmeasure for a, b in zip(samples.reference, samples.response)]
+        assert found[f"eval/{kind}"] == pytest.approx(np.mean(scores))
+    # The loss by a plain load of the saved folder, row by row: a mean over tokens, not over rows.
+    model = AutoModelForCausalLM.from_pretrained(chain.out.sft / "model")
+    tokenizer = AutoTokenizer.from_pretrained(chain.out.sft / "model")
+    total = 0.0
+    number = 0
+    for query, reference in zip(samples["query"], samples.reference):
+        ids = torch.tensor([tokenizer(f"{query} {reference}")["input_ids"] + [tokenizer.eos_token_id]])
+        with torch.no_grad():
+            total += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+        number += ids.shape[1] - 1
+    assert found["eval/loss"] == pytest.approx(total / number, rel=1e-4)
+
+
+def reference_scores(folder, samples):
+    """The score of each reference by a plain load of a reward model, one by one."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    scores = []
+    for query, reference in samples:
+        ids = torch.tensor([tokenizer(f"{query} {reference}")["input_ids"] + [tokenizer.eos_token_id]])
+        with torch.no_grad():
+            scores.append(model(input_ids=ids).logits.item() - model.config.normalization_offset)
+    return np.array(scores)
+
+
+def test_reward_normalisation(flags, chain, world, tmp_path):
+    """Detail 15: the human summaries of the training posts score 0 on average."""
+    whole = {"--max_query_length": 110, "--max_query_response_length": 150, "--output_dir": tmp_path}
+    runner.run("reward", *listed(flags["reward"] | whole))
+    posts = pd.read_parquet(world.posts / "train.parquet").to_dict("records")
+    queries = [f"SUBREDDIT: r/{p['subreddit']}\n\nTITLE: {p['title']}\n\nPOST: {p['post']}\n\nTL;DR:" for p in posts]
+    scores = reference_scores(tmp_path, zip(queries, [post["summary"] for post in posts]))
+    assert scores.mean() == pytest.approx(0, abs=1e-4) and scores.std() > 0.01
+    assert read_json(tmp_path / "summary.json")["normalization_rows"] == len(posts)
+
+
+def test_reward_evaluation(chain, world):
+    found = read_metrics(chain.out.reward)[-1]
+    report = read_json(chain.out.reward / "eval_validation.json")
+    pairs = pd.read_csv(chain.out.reward / "pairs_validation.csv")
+    assert np.allclose(pairs.margin, pairs.chosen_score - pairs.rejected_score)
+    assert (found["eval/pairs"], found["eval/pairs_cnndm"]) == (len(pairs), 6) == (12, 6)
+    assert found["eval/accuracy"] == pytest.approx((pairs.margin > 0).mean())
+    assert found["eval/loss"] == pytest.approx(np.log1p(np.exp(-pairs.margin)).mean())
+    assert found["eval/accuracy_low"] < found["eval/accuracy"] < found["eval/accuracy_high"]
+    raw = small.make_pairs(12, 11)
+    assert pairs.id.tolist() == [row["info"]["id"] for row in raw]
+    for name, key in (("batch", lambda row: row["batch"]), ("confidence", lambda row: str(row["extra"]["confidence"]))):
+        number = Counter(map(key, raw))
+        wins = Counter(key(row) for row, margin in zip(raw, pairs.margin) if margin > 0)
+        rows = {row["group"]: (row["n"], row["accuracy"]) for row in report[f"accuracy by {name}"]}
+        assert rows == {group: (n, pytest.approx(wins[group] / n)) for group, n in number.items()}
+    assert {row["group"] for row in report["accuracy by policy pair"]} <= {"ppo4 | ref", "ppo4 | sup4", "ref | sup4"}
+    assert sum(row["n"] for row in report["accuracy on CNN/DM by batch"]) == 6
+    assert sum(row["n"] for row in report["calibration"]) == 12
+    before, after = report["scores of reference summaries"]
+    offset = read_json(chain.out.reward / "summary.json")["normalization_offset"]
+    assert before["mean"] - after["mean"] == pytest.approx(offset) and before["n"] == 10
+    assert found["eval/reference_mean"] == pytest.approx(after["mean"])
+    assert found["eval/left_padding_max"] < 1e-4  # Detail 14: rounding only
+    assert (chain.out.reward / "eval_validation.png").read_bytes().startswith(b"\x89PNG")
+    assert all(title in chain.reward.out for title in report)
+
+
+def test_ppo_metrics(chain):
+    first, second, _ = read_metrics(chain.out.ppo)
+    assert first["objective/kl"] == 0 and abs(second["objective/kl"]) > 1e-3
+    for row in (first, second):
+        assert row["val/ratio_first_dev"] == 0 and row["val/ratio_first"] == pytest.approx(1, abs=1e-6)
+        assert row["objective/non_score_reward"] == pytest.approx(-0.05 * row["objective/kl"], abs=1e-6)
+        total = row["objective/scores"] + row["objective/non_score_reward"]
+        assert row["objective/rlhf_reward"] == pytest.approx(total, abs=1e-5)
+        assert row["val/num_eos_tokens"] == 8 * row["val/eos_share"]
+        assert 1 <= row["objective/response_length"] <= 8 and row["val/ratio_var"] > 0
+    assert 0 < second["val/eos_share"] < 1
+
+
+def test_ppo_evaluation(chain):
+    found = read_metrics(chain.out.ppo)[-1]
+    samples = pd.read_csv(chain.out.ppo / "samples_validation.csv", keep_default_na=False)
+    assert list(samples.columns) == ["id", "query", "response", "reference", "score", "reference_score"]
+    assert found["eval/rows"] == len(samples) == 10
+    assert found["eval/score"] == pytest.approx(samples.score.mean())
+    assert found["eval/rm_win_rate"] == pytest.approx((samples.score > samples.reference_score).mean())
+    assert (samples.score == -1).mean() == pytest.approx(1 - found["eval/eos_share"])
+    scores = reference_scores(chain.out.reward, zip(samples["query"], samples.reference))
+    assert np.allclose(samples.reference_score, scores, atol=1e-4)
+
+
+@pytest.mark.parametrize("script", ["sft", "ppo"])
+def test_a_sample_may_hold_any_character(script, flags, chain, tmp_path):
+    """Commas, quotes and every kind of line end come back as they were."""
+    odd = ['one\rtwo, "three', "one\r\ntwo", "one\n\ntwo", '"', "one\0two", "\u2028one\x85two"]
+    posts = [post | {"post": f"a\r{text}", "summary": text} for post, text in zip(small.make_posts(6, 5), odd)]
+    for split in ("train", "validation"):
+        small.write_rows(tmp_path / f"posts/{split}.jsonl", posts)
+    changes = {"--query_dataset": tmp_path / "posts", "--max_query_length": 100, "--max_query_response_length": 140}
+    changes |= {"--max_response_length": 40, "--total_episodes": 0, "--run_eval": None, "--output_dir": tmp_path / "out"}
+    runner.run(script, *listed(flags[script] | changes))
+    rows = pd.read_csv(tmp_path / "out/samples_validation.csv", keep_default_na=False)
+    assert rows.reference.tolist() == [text.strip() for text in odd]
+    assert all(text in query for text, query in zip(odd, rows["query"]))
+
+
+# ---- Sharing ---------------------------------------------------------------------------------------------------------
+def test_tracked_run(flags, chain, tmp_path):
+    """--track with WANDB_MODE=offline: a run with project, owner, flags and metrics, which wandb can upload later."""
+    changes = {"--track": None, "--wandb_project_name": "p-name", "--wandb_entity": "e-name", "--run_eval": None}
+    env = {"WANDB_MODE": "offline", "WANDB_API_KEY": SECRET, "HF_TOKEN": SECRET}
+    done = runner.run("sft", *listed(flags["sft"] | changes), "--output_dir", tmp_path, env=env)
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    for text in (b"p-name", b"e-name", b"sft__44413", b"sft/loss", b"eval/rougeL", b"max_query_response_length"):
+        assert text in file.read_bytes()
+    assert read_metrics(tmp_path) == read_metrics(chain.out.sft)
+    for path in tmp_path.rglob("*"):
+        assert path.is_dir() or SECRET.encode() not in path.read_bytes(), path
+    assert SECRET not in done.out + done.err
+    with runner.command("-m", "wandb", "sync", "--dry-run", file.parent, stdout=-1, stderr=subprocess.STDOUT) as sync:
+        assert file.parent.name in sync.communicate(timeout=200)[0] and sync.returncode == 0
+
+
+def test_uploaded_run(flags, chain, tmp_path):
+    """--push_to_hub, and the script as a command: the model folder with a card, args.json, metrics.jsonl, and no token."""
+    words = listed(flags["ppo"] | {"--push_to_hub": None, "--hf_repo_id": "user/policy", "--run_eval": None})
+    with FakeHub() as hub:
+        env = {"HF_ENDPOINT": hub.url, "HF_TOKEN": SECRET, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+        command = (runner.ROOT / "ppo.py", *words, "--output_dir", tmp_path)
+        with runner.command(*command, env=env, stdout=-1, stderr=subprocess.STDOUT) as process:
+            out = process.communicate(timeout=300)[0]
+    assert process.returncode == 0 and SECRET not in out, out
+    assert read_metrics(tmp_path) == read_metrics(chain.out.ppo)  # a command or a fork, it is the same
+    files = {path: content for (repo, path), content in hub.files.items() if repo == "user/policy"}
+    assert hub.created == ["user/policy"] and hub.tokens - {""} == {SECRET}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md", "args.json", "metrics.jsonl"} <= set(files)
+    assert files["README.md"].decode().startswith("---\nlibrary_name: transformers\n")
+    for name, content in files.items():
+        path = tmp_path / "model" / name
+        assert content == (path if path.exists() else tmp_path / name).read_bytes() and SECRET.encode() not in content
+
+
+# ---- The same, and nothing but the same ------------------------------------------------------------------------------
+@pytest.mark.parametrize("script", MODULES)
+def test_same_seed_same_result_bit_for_bit(script, flags, chain, tmp_path):
+    first = getattr(chain.out, script)
+    runner.run(script, *listed(flags[script]), "--run_eval", "--output_dir", tmp_path)
+    assert read_metrics(tmp_path) == read_metrics(first)
+    table = "pairs_validation.csv" if script == "reward" else "samples_validation.csv"
+    assert same_files(tmp_path, first, "model/model.safetensors", table)
+
+
+def test_zero_episodes_only_evaluate(flags, chain, tmp_path):
+    """The figures that the stage itself has found; nothing is trained or saved."""
+    starts = {"sft": {"--base_model": chain.out.sft}, "reward": {"--reward_model_path": chain.out.reward}, "ppo": {}}
+    for script, changes in starts.items():
+        changes |= {"--total_episodes": 0, "--run_eval": None, "--output_dir": tmp_path / script}
+        runner.run(script, *listed(flags[script] | changes))
+        (found,) = read_metrics(tmp_path / script)
+        if script != "ppo":
+            assert found == pytest.approx(read_metrics(getattr(chain.out, script))[-1] | {"episode": 0}, abs=1e-6)
+        assert not (tmp_path / script / "model").exists()
+    assert found["eval/kl"] == pytest.approx(0, abs=1e-4)  # the policy is the reference
+    assert found["eval/reference_score"] == read_metrics(chain.out.ppo)[-1]["eval/reference_score"]
+
+
+@pytest.mark.parametrize("script", MODULES)
+def test_micro_batches_change_no_result(script, flags, chain, tmp_path):
+    runs = []
+    for micro, steps in ((8, 1), (2, 4)):
+        cut = {"--local_micro_batch_size": micro, "--gradient_accumulation_steps": steps, "--total_episodes": 8}
+        out = tmp_path / str(micro)
+        runner.run(script, *listed(flags[script] | cut | {"--output_dir": out}))
+        runs.append((read_metrics(out)[0], weights(out)))
+    close(runs[0][0], runs[1][0])
+    for name, tensor in runs[0][1].items():
+        assert np.allclose(tensor, runs[1][1][name], rtol=0, atol=1e-4)  # of a step of 1e-3
+
+
+@pytest.mark.parametrize("script", MODULES)
+def test_gradient_checkpointing_keeps_less_and_changes_nothing(script, flags, chain, tmp_path):
+    kept = []
+    for more in ({}, {"--gradient_checkpointing": None}):
+        out = tmp_path / str(len(more))
+        changes = {"--total_episodes": 8, "--output_dir": out} | more
+        runner.run(script, *listed(flags[script] | changes), inside=partial(count_kept, tmp_path / "kept"))
+        kept.append(int((tmp_path / "kept").read_text()))
+    assert kept[1] < 0.7 * kept[0]
+    close(read_metrics(tmp_path / "1")[0], read_metrics(tmp_path / "0")[0])
+
+
+# ---- Every flag has an effect ----------------------------------------------------------------------------------------
+REMOVED = object()
+
+
+def column(run, name):
+    return [row[name] for row in run.metrics if name in row]
+
+
+def first(run, name):
+    return run.metrics[0][name]
+
+
+def samples(run, split="validation"):
+    return pd.read_csv(run.output_dir / f"samples_{split}.csv", keep_default_na=False)
+
+
+def checkpoints(run):
+    return sorted(int(path.name[-8:]) for path in (run.output_dir / "checkpoints").iterdir())
+
+
+def near(b, c, name):
+    """bf16 differs, but not by much, and what is saved is fp32."""
+    assert first(b, name) != first(c, name) == pytest.approx(first(b, name), rel=0.2)
+    return {tensor.dtype for tensor in weights(c.output_dir).values()} == {np.dtype("float32")}
+
+
+# For each flag: the changed flags, and what holds of the changed run c, compared with the run b of the chain.
+COMMON = {
+    "exp_name": ({"--exp_name": "named"}, lambda b, c: "named: results" in c.out),
+    "output_dir": ({}, lambda b, c: c.output_dir != b.output_dir and (c.output_dir / "model").exists()),
+    "resume": ({"--resume": None}, lambda b, c: c.metrics == b.metrics[: len(c.metrics)]),
+    "save_every": ({"--save_every": 2}, lambda b, c: len(checkpoints(c)) > len(checkpoints(b)) == 1 or
+                   checkpoints(c) == [2]),
+    "keep": ({"--keep": 1, "--save_every": 1}, lambda b, c: checkpoints(c) == checkpoints(b)),
+    "query_dataset": ({"--query_dataset": "OTHER/posts"}, lambda b, c: "26 of 26 rows" in c.out),
+    "lr": ({"--lr": 2e-3}, lambda b, c: column(c, "lr") == [2 * lr for lr in column(b, "lr")]),
+    "warm_up_steps": ({"--warm_up_steps": 1}, lambda b, c: column(c, "lr")[:2] == [0, 1e-3]),
+    "total_episodes": ({"--total_episodes": 30}, lambda b, c: column(c, "episode")[:4] in ([8, 16, 24], [8, 16, 24, 24])),
+    "local_micro_batch_size": ({"--local_micro_batch_size": 2}, lambda b, c: first(c, "episode") == 4),
+    "gradient_accumulation_steps": ({"--gradient_accumulation_steps": 1}, lambda b, c: first(c, "episode") == 4),
+    "run_eval": ({"--run_eval": REMOVED}, lambda b, c: not list(c.output_dir.glob("*_validation*"))),
+    "max_query_response_length": ({"--max_query_response_length": 45}, lambda b, c: "longer than 45 tokens" in c.out),
+}  # fmt: skip
+SAMPLING = {
+    "max_query_length": ({"--max_query_length": 30},
+                         lambda b, c: samples(c)["query"].str.len().max() < samples(b)["query"].str.len().max()),
+    "max_response_length": ({"--max_response_length": 9}, lambda b, c: "longer than 9 tokens" in c.out),
+    "eval_split": ({"--eval_split": "test"}, lambda b, c: len(samples(c, "test")) == 5),
+    "max_eval_rows": ({"--max_eval_rows": 3}, lambda b, c: len(samples(c)) == 3 == c.summary["eval/rows"]),
+    "local_eval_batch_size": ({"--local_eval_batch_size": 3}, lambda b, c: "4/4" in c.err and "4/4" not in b.err),
+    "response_length": ({"--response_length": 3},
+                        lambda b, c: c.summary["eval/response_length"] <= 3 < b.summary["eval/response_length"]),
+    "eval_temperature": ({"--eval_temperature": 2.0}, lambda b, c: list(samples(b).response) != list(samples(c).response)),
+    "print_samples_every": ({"--print_samples_every": 2}, lambda b, c: c.out.count("reference ") > b.out.count("reference ")),
+}  # fmt: skip
+SFT = COMMON | SAMPLING | {
+    "seed": ({"--seed": 1}, lambda b, c: first(b, "sft/loss") != first(c, "sft/loss")),
+    "bf16": ({"--bf16": None}, lambda b, c: near(b, c, "sft/loss")),
+    "base_model": ({"--base_model": "OTHER/model"}, lambda b, c: first(b, "sft/loss") != first(c, "sft/loss")),
+    "eps": ({"--eps": 1.0}, lambda b, c: first(b, "sft/loss") == first(c, "sft/loss")
+            and column(c, "sft/loss")[-1] > column(b, "sft/loss")[-1]),
+    "num_train_epochs": ({"--num_train_epochs": 2}, lambda b, c: column(c, "epoch")[-1] == 2),
+    "response_loss_only": ({"--response_loss_only": None}, lambda b, c: first(b, "sft/loss") != first(c, "sft/loss")),
+}  # fmt: skip
+REWARD = COMMON | {
+    "seed": ({"--seed": 1}, lambda b, c: first(b, "rm/loss") != first(c, "rm/loss")),
+    "bf16": ({"--bf16": None}, lambda b, c: near(b, c, "rm/loss")),
+    "sft_model_path": ({"--sft_model_path": "OTHER/model"}, lambda b, c: first(b, "rm/loss") != first(c, "rm/loss")),
+    "reward_model_path": ({"--reward_model_path": "REWARD"}, lambda b, c: first(c, "rm/margin") > first(b, "rm/margin")),
+    "label_dataset": ({"--label_dataset": "OTHER/pairs"}, lambda b, c: "24 of 24 rows" in c.out),
+    "max_query_length": ({"--max_query_length": 30}, lambda b, c: first(b, "rm/loss") != first(c, "rm/loss")),
+    "max_response_length": ({"--max_response_length": 8}, lambda b, c: "longer than 8 tokens" in c.out),
+    "max_cnndm_query_length": ({"--max_cnndm_query_length": 24, "--max_cnndm_query_response_length": 37},
+                               lambda b, c: 0 < c.summary["eval/pairs_cnndm"]),
+    "max_cnndm_response_length": ({"--max_cnndm_response_length": 9}, lambda b, c: "longer than 9 tokens" in c.out),
+    "max_cnndm_query_response_length": ({"--max_cnndm_query_response_length": 35},
+                                        lambda b, c: "longer than 35 tokens" in c.out and c.summary["eval/pairs"] == 12),
+    "eps": ({"--eps": 1.0}, lambda b, c: first(b, "rm/loss") == first(c, "rm/loss")
+            and column(c, "rm/loss")[1] != column(b, "rm/loss")[1]),
+    "num_train_epochs": ({"--num_train_epochs": 2}, lambda b, c: column(c, "epoch")[-1] == 2),
+    "normalization_rows": ({"--normalization_rows": 10}, lambda b, c: c.summary["normalization_rows"] == 10
+                           and c.summary["normalization_offset"] != b.summary["normalization_offset"]),
+    "eval_split": ({"--eval_split": "test"}, lambda b, c: len(pd.read_csv(c.output_dir / "pairs_test.csv")) == 6),
+    "max_eval_rows": ({"--max_eval_rows": 3}, lambda b, c: c.summary["eval/pairs"] == c.summary["eval/pairs_cnndm"] == 3),
+    "local_eval_batch_size": ({"--local_eval_batch_size": 1}, lambda b, c: "44/44" in c.err and "44/44" not in b.err
+                              and c.summary["eval/loss"] == pytest.approx(b.summary["eval/loss"], abs=1e-4)),
+}  # fmt: skip
+PPO = COMMON | SAMPLING | {
+    "seed": ({"--seed": 1}, lambda b, c: first(b, "objective/entropy") != first(c, "objective/entropy")),
+    "bf16": ({"--bf16": None}, lambda b, c: near(b, c, "policy/entropy_avg") and first(c, "val/ratio_first_dev") == 0),
+    "offload": ({"--offload": None}, lambda b, c: c.metrics == b.metrics
+                and same_files(b.output_dir, c.output_dir, "model/model.safetensors", "samples_validation.csv")),
+    "sft_model_path": ({"--sft_model_path": "OTHER/model"},
+                       lambda b, c: first(b, "objective/entropy") != first(c, "objective/entropy")),
+    "reward_model_path": ({"--reward_model_path": "OTHER/reward"},
+                          lambda b, c: first(b, "objective/rm_scores") != first(c, "objective/rm_scores")
+                          and first(b, "objective/entropy") == first(c, "objective/entropy")),
+    "num_mini_batches": ({"--num_mini_batches": 2}, lambda b, c: column(c, "episode") == [16, 16]),
+    "local_rollout_forward_batch_size": ({"--local_rollout_forward_batch_size": 3},
+                                         lambda b, c: first(b, "objective/entropy") != first(c, "objective/entropy")),
+    "eps": ({"--eps": 1.0},
+            lambda b, c: first(c, "policy/approxkl_avg") < 0.1 * first(b, "policy/approxkl_avg")),
+    "num_ppo_epochs": ({"--num_ppo_epochs": 1}, lambda b, c: first(c, "val/ratio_var") < 1e-9 < first(b, "val/ratio_var")),
+    "kl_coef": ({"--kl_coef": 0.5}, lambda b, c: c.metrics[1]["objective/non_score_reward"]
+                == pytest.approx(-0.5 * c.metrics[1]["objective/kl"], rel=1e-5)),
+    "cliprange": ({"--cliprange": 1e-6}, lambda b, c: first(c, "policy/clipfrac_avg") > first(b, "policy/clipfrac_avg")),
+    "cliprange_value": ({"--cliprange_value": 1e-6}, lambda b, c: first(c, "val/clipfrac_avg") > first(b, "val/clipfrac_avg")),
+    "vf_coef": ({"--vf_coef": 0.0}, lambda b, c: first(c, "loss/value_avg") > first(b, "loss/value_avg")),
+    "gamma": ({"--gamma": 0.5}, lambda b, c: first(c, "loss/value_avg") != first(b, "loss/value_avg")
+              and first(c, "objective/scores") == first(b, "objective/scores")),
+    "lam": ({"--lam": 0.1}, lambda b, c: first(c, "loss/policy_avg") != first(b, "loss/policy_avg")
+            and first(c, "objective/scores") == first(b, "objective/scores")),
+    "whiten_rewards": ({"--whiten_rewards": None}, lambda b, c: first(c, "loss/value_avg") != first(b, "loss/value_avg")
+                       and first(c, "objective/rlhf_reward") == first(b, "objective/rlhf_reward")),
+    "missing_eos_penalty": ({"--missing_eos_penalty": "None"},
+                            lambda b, c: column(c, "objective/scores") == column(c, "objective/rm_scores")),
+    "temperature": ({"--temperature": 1.5},
+                    lambda b, c: first(c, "policy/entropy_avg") > first(b, "policy/entropy_avg")),
+}  # fmt: skip
+EFFECTS = {"sft": SFT, "reward": REWARD, "ppo": PPO}
+CASES = [(script, flag) for script in EFFECTS for flag in EFFECTS[script]]
+ELSEWHERE = {  # the tests of other flags
+    "gradient_checkpointing": test_gradient_checkpointing_keeps_less_and_changes_nothing,
+    "track": test_tracked_run, "wandb_project_name": test_tracked_run, "wandb_entity": test_tracked_run,
+    "push_to_hub": test_uploaded_run, "hf_repo_id": test_uploaded_run,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", EFFECTS)
+def test_no_flag_is_without_a_test(script):
+    assert {*EFFECTS[script], *ELSEWHERE} == {field.name for field in dataclasses.fields(MODULES[script].Args)}
+
+
+@pytest.fixture(scope="module")
+def changed(flags, chain, world):
+    """The finished run with one flag changed."""
+    other = runner.FOLDER / "other"
+    for split, number in (("train", 26), ("validation", 4)):
+        small.write_rows(other / f"posts/{split}.parquet", small.make_posts(number, 90))
+        small.write_rows(other / f"pairs/{split}.parquet", small.make_pairs(number - 2, 92))
+    small.make_base_model(other / "model", seed=1)
+    runner.run("reward", *listed(flags["reward"] | {"--seed": 9, "--output_dir": other / "reward"}))
+
+    def start(case):
+        script, flag = case
+        changes = flags[script] | {"--output_dir": runner.FOLDER / "flags" / script / flag} | EFFECTS[script][flag][0]
+        if script != "reward" or "eval" in flag or "cnndm" in flag:  # whose evaluation takes longer than the training
+            changes = {"--run_eval": None} | changes
+        for name, value in changes.items():
+            if isinstance(value, str) and value.startswith("OTHER"):
+                changes[name] = other / value.removeprefix("OTHER/")
+            if value == "REWARD":
+                changes[name] = chain.out.reward
+        run = Run(script, *listed({name: value for name, value in changes.items() if value is not REMOVED}))
+        run.output_dir = changes["--output_dir"]
+        return run
+
+    return ahead(start, CASES)
+
+
+@pytest.mark.parametrize("script, flag", CASES)
+def test_flag_has_its_effect(script, flag, changed, chain):
+    plain = getattr(chain, script)
+    plain.output_dir = getattr(chain.out, script)
+    run = changed((script, flag))
+    assert run.code == 0, run.err
+    for each in (plain, run):
+        each.metrics = read_metrics(each.output_dir)
+        each.summary = read_json(each.output_dir / "summary.json")
+    assert EFFECTS[script][flag][1](plain, run)
+
+
+@pytest.mark.parametrize("script", MODULES)
+def test_help(script):
+    """Every flag with its default."""
+    done = runner.run(script, "--help", env={"COLUMNS": "200"})
+    for field in dataclasses.fields(MODULES[script].Args):
+        assert f"--{field.name}" in done.out
+    assert MODULES[script].__doc__.strip().splitlines()[0][:60] in done.out
