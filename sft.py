@@ -588,8 +588,8 @@ def check_flags(args, may_be_zero: str, any_number: str = ""):
             least = 0 if name in may_be_zero.split() else 1e-30
             if not least <= value < 2**32:
                 fail(f"--{name} {value}: must be {'at least' if least == 0 else 'above'} 0 and below 2**32")
-    if args.push_to_hub and not args.hf_repo_id:
-        fail("--push_to_hub needs --hf_repo_id, the repository (user/name) to upload to")
+    if args.push_to_hub and (not args.hf_repo_id or args.total_episodes == 0):
+        fail("--push_to_hub needs --hf_repo_id, the repository (user/name) to upload to, and a model that is trained")
 
 
 def start_accelerator(args) -> Accelerator:
@@ -616,7 +616,8 @@ def start_accelerator(args) -> Accelerator:
     options = dict(gradient_accumulation_steps=steps, mixed_precision=precision)
     options |= dict(log_with="wandb") if args.track else {}
     options |= dict(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))])  # for slow disks and hubs
-    accelerator = Accelerator(**options)
+    with explain("accelerate cannot start with the launcher's configuration"):
+        accelerator = Accelerator(**options)
     if accelerator.state.deepspeed_plugin is not None:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         agree = config.get("gradient_accumulation_steps", "auto") in ("auto", steps)

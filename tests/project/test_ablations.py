@@ -13,7 +13,9 @@ from unittest import mock
 
 import pytest
 import torch
-from common import CACHE, LENGTHS, ROOT, make_model_folder, make_posts, ppo, read_metrics, reward, run_inside, sft
+from common import CACHE, LENGTHS, ROOT, make_model_folder, make_posts, read_metrics, run_inside, write_rows
+from common import ppo, reward, sft
+from torch.optim import AdamW
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 sys.path.insert(0, str(ROOT))
@@ -47,24 +49,26 @@ def patched(name, script="ppo"):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Folders of an SFT model with dropout, and of another body as reward model with the normalisation offset 0.5."""
+    """Folders of posts, of an SFT model with dropout, and of a reward model whose normalisation offset is 0.5."""
     root = tmp_path_factory.mktemp("models")
+    for seed, split in enumerate(("train", "validation")):
+        write_rows(root / "posts" / f"{split}.jsonl", make_posts(16, seed))
     base, other = [make_model_folder(root / name, hidden_dropout=0.25, seed=seed) for seed, name in enumerate("ab")]
-    tokenizer = reward.load_tokenizer(other, "x")
+    tokenizer = ppo.load_tokenizer(other, "x")
     classifier = AutoModelForSequenceClassification.from_pretrained(other, num_labels=1)
     classifier.config.normalization_offset = 0.5
     classifier.save_pretrained(root / "reward")
     tokenizer.save_pretrained(root / "reward")
-    return SimpleNamespace(sft=base, reward=str(root / "reward"), tokenizer=tokenizer)
+    return SimpleNamespace(sft=base, reward=str(root / "reward"), posts=root / "posts", tokenizer=tokenizer)
 
 
 @pytest.fixture(scope="module")
-def run_ppo(models, data, tmp_path_factory):
+def run_ppo(models, tmp_path_factory):
     """The function name, flags -> the output folder of a small run of ppo.py with that diff."""
 
     def run(name, *flags, train=None):
         flags = ["--sft_model_path", models.sft, "--reward_model_path", models.reward, "--lr", 1e-3, *flags]
-        flags += ["--query_dataset", data.posts, *LENGTHS, "--response_length", R, "--local_micro_batch_size", 2]
+        flags += ["--query_dataset", models.posts, *LENGTHS, "--response_length", R, "--local_micro_batch_size", 2]
         folder = tmp_path_factory.mktemp("runs") / "ppo"
         with mock.patch.object(patched(name), "train", train or patched(name).train):
             done = run_inside(patched(name), *flags, "--print_samples_every", 0, "--output_dir", folder)
@@ -156,8 +160,7 @@ def test_reward_model():
 def test_initial_networks(run_ppo):
     """The diffs of the value model, and of the normalisation offset."""
     for name in ("", "no_normalisation", "value_from_sft", "value_from_scratch"):
-        train = mock.Mock()
-        run_ppo(name, "--total_episodes", 0, train=train)
+        run_ppo(name, "--total_episodes", 0, train=(train := mock.Mock()))
         nets = train.call_args.args[2]
         value_model, reward_model = nets.model.value_model, nets.reward_model
         bodies = (reward_model.body, nets.reference.base_model)
@@ -220,8 +223,7 @@ def test_training(run_ppo):
     first = {}  # lines of metrics.jsonl
     names = "no_annealing tensorflow_adam no_temperature no_truncation dropout_ppo decoder_logprobs_bf16"
     for name in ["", *names.split()]:
-        adamw = torch.optim.AdamW
-        with mock.patch.object(adamw, "step", autospec=True, side_effect=adamw.step) as spy:
+        with mock.patch.object(AdamW, "step", autospec=True, side_effect=AdamW.step) as spy:
             lines = read_metrics(run_ppo(name, "--total_episodes", 16, "--num_ppo_epochs", 2))
         eps = spy.call_args.args[0].param_groups[0]["eps"]  # of the fourth and last optimizer step
         assert eps == pytest.approx(1e-5 / (1 - 0.999**4) ** 0.5 if name == "tensorflow_adam" else 1e-5)

@@ -4,9 +4,9 @@ import shutil
 import subprocess
 from types import SimpleNamespace
 
+import common
 import pytest
 import runner
-import small
 
 runner.start_server()
 
@@ -22,24 +22,25 @@ def world():
     """Folders of posts, of comparisons (with a CNN/DM split) and of a base model."""
     root = runner.FOLDER / "world"
     for seed, (split, number) in enumerate({"train": 44, "validation": 10, "test": 5}.items()):
-        small.write_rows(root / "posts" / f"{split}.parquet", small.make_posts(number, seed))
+        common.write_rows(root / "posts" / f"{split}.parquet", common.make_posts(number, seed))
     for seed, (split, number) in enumerate({"train": 40, "validation": 12, "test": 6, "validation_cnndm": 6}.items()):
-        pairs = small.make_pairs(number, 10 + seed, news="cnndm" in split)
-        small.write_rows(root / "pairs" / f"{split}.jsonl", pairs)
-    base = small.make_base_model(root / "base")
-    return SimpleNamespace(root=root, posts=root / "posts", pairs=root / "pairs", base=base)
+        pairs = common.make_pairs(number, 10 + seed, news="cnndm" in split)
+        common.write_rows(root / "pairs" / f"{split}.jsonl", pairs)
+    common.make_model_folder(root / "base")
+    return SimpleNamespace(posts=root / "posts", pairs=root / "pairs", base=root / "base")
 
 
 @pytest.fixture(scope="session")
 def flags(world):
-    """Flags of a small run of each script, by its name. PPO's models are `world.base` and the reward model of `chain`."""
-    common = {"--query_dataset": world.posts, "--lr": 1e-3, "--local_micro_batch_size": 4}
-    common |= dict(zip(small.LENGTHS[::2], small.LENGTHS[1::2])) | {"--gradient_accumulation_steps": 2}
+    """Flags of a small run of each script, by its name; reward.py and ppo.py need the models of `chain`."""
+    shared = {"--query_dataset": world.posts, "--lr": 1e-3, "--local_micro_batch_size": 4}
+    shared |= dict(zip(common.LENGTHS[::2], common.LENGTHS[1::2])) | {"--gradient_accumulation_steps": 2}
     sft = {"--base_model": world.base, "--response_length": 8, "--print_samples_every": 0}
     reward = {"--sft_model_path": runner.FOLDER / "chain/sft", "--label_dataset": world.pairs}
     ppo = {"--sft_model_path": runner.FOLDER / "chain/sft", "--reward_model_path": runner.FOLDER / "chain/reward"}
     ppo |= {"--response_length": 8, "--print_samples_every": 0, "--total_episodes": 16}
-    return {"sft": common | sft, "reward": common | reward, "ppo": common | ppo}
+    return {"sft": shared | sft, "reward": shared | reward, "ppo": shared | ppo}
+
 
 @pytest.fixture(scope="session")
 def chain(flags):

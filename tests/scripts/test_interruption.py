@@ -10,10 +10,10 @@ import shutil
 import signal
 from functools import partial
 
+import common
 import numpy as np
 import pytest
 import runner
-import small
 from moments import at, fill, interrupt_twice, kill, kill_half_written, kill_soon, on_rank
 from runner import Run, ahead, error_line, listed, read_json, read_metrics
 from safetensors.numpy import load_file
@@ -187,8 +187,8 @@ def test_another_cut_of_the_same_batch_is_taken(words, whole, copy):
 
 def test_other_data_or_another_initial_model_are_refused(words, world, copy, tmp_path):
     shutil.copytree(world.posts, tmp_path / "data")
-    small.write_rows(tmp_path / "data/train.parquet", small.make_posts(44, 99))
-    small.make_base_model(tmp_path / "model", seed=1)
+    common.write_rows(tmp_path / "data/train.parquet", common.make_posts(44, 99))
+    common.make_model_folder(tmp_path / "model", seed=1)
     # The same paths, as when a folder is written anew.
     for flag, folder, new in (("--query_dataset", world.posts, "data"), ("--base_model", world.base, "model")):
         shutil.move(folder, tmp_path / "kept")

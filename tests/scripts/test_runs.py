@@ -10,11 +10,11 @@ import subprocess
 from collections import Counter
 from functools import partial
 
+import common
 import numpy as np
 import pandas as pd
 import pytest
 import runner
-import small
 import torch
 from fake_hub import FakeHub
 from moments import count_kept
@@ -151,7 +151,7 @@ def test_reward_evaluation(chain, world):
     assert found["eval/accuracy"] == pytest.approx((pairs.margin > 0).mean())
     assert found["eval/loss"] == pytest.approx(np.log1p(np.exp(-pairs.margin)).mean())
     assert found["eval/accuracy_low"] < found["eval/accuracy"] < found["eval/accuracy_high"]
-    raw = small.make_pairs(12, 11)
+    raw = common.make_pairs(12, 11)
     assert pairs.id.tolist() == [row["info"]["id"] for row in raw]
     for name, key in (("batch", lambda row: row["batch"]), ("confidence", lambda row: str(row["extra"]["confidence"]))):
         number = Counter(map(key, raw))
@@ -199,9 +199,9 @@ def test_ppo_evaluation(chain):
 def test_a_sample_may_hold_any_character(script, flags, chain, tmp_path):
     """Commas, quotes and every kind of line end come back as they were."""
     odd = ['one\rtwo, "three', "one\r\ntwo", "one\n\ntwo", '"', "one\0two", "\u2028one\x85two"]
-    posts = [post | {"post": f"a\r{text}", "summary": text} for post, text in zip(small.make_posts(6, 5), odd)]
+    posts = [post | {"post": f"a\r{text}", "summary": text} for post, text in zip(common.make_posts(6, 5), odd)]
     for split in ("train", "validation"):
-        small.write_rows(tmp_path / f"posts/{split}.jsonl", posts)
+        common.write_rows(tmp_path / f"posts/{split}.jsonl", posts)
     changes = {"--query_dataset": tmp_path / "posts", "--max_query_length": 100, "--max_query_response_length": 140}
     changes |= {"--max_response_length": 40, "--total_episodes": 0, "--run_eval": None, "--output_dir": tmp_path / "out"}
     runner.run(script, *listed(flags[script] | changes))
@@ -433,9 +433,9 @@ def changed(flags, chain, world):
     """The finished run with one flag changed."""
     other = runner.FOLDER / "other"
     for split, number in (("train", 26), ("validation", 4)):
-        small.write_rows(other / f"posts/{split}.parquet", small.make_posts(number, 90))
-        small.write_rows(other / f"pairs/{split}.parquet", small.make_pairs(number - 2, 92))
-    small.make_base_model(other / "model", seed=1)
+        common.write_rows(other / f"posts/{split}.parquet", common.make_posts(number, 90))
+        common.write_rows(other / f"pairs/{split}.parquet", common.make_pairs(number - 2, 92))
+    common.make_model_folder(other / "model", seed=1)
     runner.run("reward", *listed(flags["reward"] | {"--seed": 9, "--output_dir": other / "reward"}))
 
     def start(case):
