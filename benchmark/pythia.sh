@@ -23,6 +23,6 @@ for stage in sft reward ppo; do
   declare -n command=$stage
   echo "== $stage"
   # A finished stage says so and ends at once.
-  accelerate launch --config_file "$CONFIG" --num_processes "$GPUS" "${command[@]}" --resume
+  attached accelerate launch --config_file "$CONFIG" --num_processes "$GPUS" "${command[@]}" --resume
 done
 judge_command "$OUT"

@@ -32,7 +32,7 @@ FAMILIES = {
     "qwen2_moe": G | MOE | dict(moe_intermediate_size=16, shared_expert_intermediate_size=16),
     **dict.fromkeys(("gpt2", "gpt_bigcode"), N),
     "gptj": N | dict(rotary_dim=4),
-    "gpt_neo": dict(hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=16),
+    "gpt_neo": dict(hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["local"], 2]], window_size=16),
     "opt": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, word_embed_proj_dim=32),
     "bloom": dict(hidden_size=32, n_layer=2, n_head=4),
     "mpt": dict(d_model=32, n_layers=2, n_heads=4, max_seq_len=POSITIONS),
@@ -135,7 +135,7 @@ def test_all_stages_run_and_ppo_begins_at_ratio_1_and_kl_0(family):
 
 
 def test_padded_rows_score_as_plain_transformers_does_alone(family, accelerator):
-    """Logprobs, values and scores of padded rows without a mask; for every value, a prefix alone. At EOS it is the score."""
+    """Logprobs, values (of every prefix) and scores of padded rows without a mask. The value at EOS is the score."""
     pad, eos = family.nets.tokenizer.pad_token_id, family.nets.tokenizer.eos_token_id
     lm = AutoModelForCausalLM.from_pretrained(family.sft).eval()
     classifier = AutoModelForSequenceClassification.from_pretrained(family.reward).eval()
@@ -274,7 +274,7 @@ def test_reward_updates_and_normalisation(small):
 
 
 def test_ppo_updates(small):
-    """Two updates of two epochs of two minibatches; of the script, only the responses and the order of rows are taken."""
+    """Two updates of two epochs of two minibatches; only the responses and the order of rows are the script's."""
     taken = []
     update = mock.patch.object(ppo, "ppo_update", lambda *inputs: taken.append(inputs) or original(*inputs))
     original = ppo.ppo_update
@@ -355,42 +355,37 @@ def edit_config(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-# What the line that refuses it says, and how such a folder is made of a good one.
+def tokenizer_with_late_eos():
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([f"<{i}>" for i in range(29)])  # the embedding has 427 rows
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
+    return tokenizer
+
+
+BERT = AutoConfig.for_model("bert", vocab_size=400, initializer_range=0.2, **H)
+COHERE = AutoConfig.for_model("cohere", vocab_size=400, **G)
+T5 = T5Config(vocab_size=400, d_model=32, d_ff=64, num_layers=1, num_heads=4)
+FP8 = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+# How such a folder is made of a good one, and what the line says that refuses it.
 REFUSED = {
-    "fewer layers in the config": ("layers.1", dict(num_hidden_layers=1)),
-    "more layers in the config": ("layers.2", dict(num_hidden_layers=3)),
-    "quantized": ("dequantize", dict(quantization_config={"quant_method": "fp8", "weight_block_size": [16, 16]})),
-    "adapter": ("merge", {}),
-    "encoder-decoder": ("encoder-decoder", {}),
-    "looks to the right": ("not causal", {}),
-    "no sequence classifier": ("AutoModelForSequenceClassification", {}),
-    "300 rows under 844 ids": ("300", {}),
-    "eos outside the embedding": ("embedding", {}),
+    "fewer layers in the config": (lambda base: edit_config(base, num_hidden_layers=1), "layers.1"),
+    "more layers in the config": (lambda base: edit_config(base, num_hidden_layers=3), "layers.2"),
+    "quantized": (lambda base: edit_config(base, quantization_config=FP8), "dequantize"),
+    "adapter": (lambda base: (base / "adapter_config.json").write_text("{}"), "merge"),
+    "encoder-decoder": (lambda base: T5ForConditionalGeneration(T5).save_pretrained(base), "encoder-decoder"),
+    "looks to the right": (lambda base: make_model_folder(base, BERT), "not causal"),
+    "no sequence classifier": (lambda base: make_model_folder(base, COHERE), "AutoModelForSequenceClassification"),
+    "300 rows under 400 ids": (lambda base: make_model_folder(base, vocab_size=300), "300"),
+    "eos outside the embedding": (lambda base: tokenizer_with_late_eos().save_pretrained(base), "embedding"),
 }
 
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_refused_model_folders(kind, small, tmp_path):
-    base, tokenizer = tmp_path / "base", make_tokenizer()
-    mentioned, changes = REFUSED[kind]
-    config = None
-    if kind == "looks to the right":
-        config = AutoConfig.for_model("bert", vocab_size=400, initializer_range=0.2, **H)
-    elif kind == "no sequence classifier":
-        config = AutoConfig.for_model("cohere", vocab_size=400, **G)
-    make_model_folder(base, config, **{"vocab_size": 300} if kind == "300 rows under 844 ids" else {})
-    edit_config(base, **changes)
-    if kind == "adapter":
-        (base / "adapter_config.json").write_text("{}")
-    elif kind == "encoder-decoder":
-        t5 = T5Config(vocab_size=400, d_model=32, d_ff=64, num_layers=1, num_heads=4)
-        T5ForConditionalGeneration(t5).save_pretrained(base)
-    elif kind == "300 rows under 844 ids":
-        make_tokenizer(844).save_pretrained(base)
-    elif kind == "eos outside the embedding":
-        tokenizer.add_tokens([f"<{i}>" for i in range(29)])  # the embedding has 427 rows
-        tokenizer.add_special_tokens({"eos_token": "<end>"})
-        tokenizer.save_pretrained(base)
+    base = tmp_path / "base"
+    make_model_folder(base)
+    spoil, mentioned = REFUSED[kind]
+    spoil(base)
     script, flag = (reward, "--sft_model_path") if kind == "no sequence classifier" else (sft, "--base_model")
     done = run(script, small, tmp_path / "out", flag, base, code=2)
     (line,) = [line for line in done.err.splitlines() if line.startswith("error: ")]
@@ -436,9 +431,9 @@ def test_fp16_folder_gets_fp32_masters_that_move_at_lr_3e_6(small, tmp_path):
     run(sft, small, tmp_path / "out", "--base_model", base, "--lr", 3e-6)
     before, after = [AutoModelForCausalLM.from_pretrained(path) for path in (base, tmp_path / "out" / "model")]
     assert before.dtype == torch.float16 and after.dtype == torch.float32  # what transformers keeps by itself, and ours
-    pairs = [(old, new) for (name, old), new in zip(before.named_parameters(), after.parameters()) if "embed" not in name]
-    moved = [(new != old.float()).float().mean() for old, new in pairs]
-    would_move = [(new.half() != old).float().mean() for old, new in pairs]
+    pairs = [(p, q) for (name, p), q in zip(before.named_parameters(), after.parameters()) if "embed" not in name]
+    moved = [(q != p.float()).float().mean() for p, q in pairs]
+    would_move = [(q.half() != p).float().mean() for p, q in pairs]
     assert sum(moved) / len(moved) > 0.9 and sum(would_move) / len(would_move) < 0.6
     # The folder is ready for plain `generate`, and has lost the base model's sampling settings.
     config, tokenizer = after.generation_config, AutoTokenizer.from_pretrained(tmp_path / "out" / "model")

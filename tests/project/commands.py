@@ -1,5 +1,6 @@
 """Commands as a user gives them, for the tests of this folder. Whatever they start ends with them."""
 
+import json
 import os
 import subprocess
 import sys
@@ -31,21 +32,21 @@ def run(*words, env=()):
 
 
 def long(function):
-    """
-    A fixture from a function that runs commands for many seconds. The first test that wants one starts all that the
-    selected tests want, two at a time.
-    """
+    """A fixture of a function that takes long. The first one starts all that the selected tests need, two at a time."""
     LONG[function.__name__] = function
 
     @pytest.fixture(scope="module", name=function.__name__)
     def result(request, tmp_path_factory):
-        wanted = {name for item in request.session.items for name in item.fixturenames}
-        for name, job in LONG.items():
-            if name in wanted and name not in RUNNING:
-                RUNNING[name] = POOL.submit(job, tmp_path_factory.mktemp(name))
+        needed = {name for item in request.session.items for name in item.fixturenames}
+        for name in LONG.keys() & needed - RUNNING.keys():
+            RUNNING[name] = POOL.submit(LONG[name], tmp_path_factory.mktemp(name))
         return RUNNING[function.__name__].result()
 
     return result
+
+
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def error_line(done):

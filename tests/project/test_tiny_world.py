@@ -4,25 +4,20 @@ import collections
 import hashlib
 import json
 import math
-import os
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
-import pyarrow.parquet as pq
 import pytest
 import torch
-from commands import error_line, run
-from common import ROOT, ppo, run_inside
+from commands import error_line
+from common import ppo, run_inside
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmark.tiny_world import gold, ppo_gold, tiny_env
 
 SPLITS = {"train": 400, "validation": 60, "test": 60}
 SIZES = [f"--num_{split}_posts={number}" for split, number in SPLITS.items()]
-SIZES += "--num_train_pairs 1500 --num_validation_pairs 100 --num_test_pairs 100 --num_cnndm_pairs 30".split()
-SIZES += "--hidden_size 32".split()
+SIZES += "--num_train_pairs 1500 --num_validation_pairs 99 --num_test_pairs 99 --num_cnndm_pairs 9".split()
 FACTS = {"who": "boss", "event": "lied", "ask": "sue", "feeling": "sad", "place": "office", "amount": "60"}
 
 
@@ -43,7 +38,7 @@ def file_sums(folder):
 
 
 def read_rows(world, name):
-    return pq.read_table(world / f"{name}.parquet").to_pylist()
+    return pd.read_parquet(world / f"{name}.parquet").to_dict("records")
 
 
 def read_facts(world, split):
@@ -58,16 +53,14 @@ def mean(values):
 @pytest.mark.parametrize(
     "summary, expected",
     [
-        # all facts in 16 words
+        # all facts, in 16 words
         (" My boss just lied at the office over 60 dollars. I feel sad. Should I sue?", 1 + 2 + 1.5 + 1 + 0.8 + 1),
         ("Trouble with my boss. Should I sue?", 1 + 1.5),
         ("TROUBLE WITH MY BOSS! SHOULD I SUE", 1 + 1.5),
-        ("", 0),
         # a wrong value costs its weight and 0.5 more, one said again 0.4
         ("Trouble with my sister. Should I sue?", 1.5 - 1.5),
         ("My boss just cried. What now?", 1 - 2.5),
         ("Trouble with my boss. Problem with my boss, need advice.", 1 - 0.4),
-        ("Trouble with my boss. Trouble with my sister.", 1 - 1.5),
         # without its lead-in a value states nothing: six bare words
         ("boss lied office 60 sad sue", -6 * 0.2),
         # a filler, talk about the post itself, a word of no template
@@ -85,26 +78,18 @@ def test_gold_score_by_hand(summary, expected):
 def test_every_value_has_one_meaning():
     """A word that is a value and part of a template, or the value of two slots, would be scored by accident."""
     values = [value for slot in tiny_env.SLOTS.values() for value in slot.values]
-    said = [word for words in tiny_env.PARAPHRASES.values() for word in words]
+    values += sum(tiny_env.PARAPHRASES.values(), ())
     texts = [*tiny_env.FILLERS.values(), *tiny_env.GLUE.values(), *tiny_env.TITLES, *tiny_env.SUBREDDITS]
     for slot in tiny_env.SLOTS.values():
         texts += [slot.clause, *slot.statements, *slot.distractors]
     others = set(tiny_env.split_words(" ".join(texts))) | tiny_env.SUMMARY_WORDS
-    assert len(set(values + said)) == len(values + said) == 24 * (9 + 5)
-    assert not others & set(values + said)
+    assert len(set(values)) == len(values) == 24 * (9 + 5) and not others & set(values)
 
 
 # ---- What is written -------------------------------------------------------------------------------------------------
 def test_same_flags_same_bytes(world, tmp_path):
-    """In another process, whose hash seed differs."""
-    script = ROOT / "benchmark/tiny_world/tiny_env.py"
-    done = run(sys.executable, script, "--output_dir", tmp_path / "world", *SIZES)
-    assert done.code == 0, done.err
-    assert file_sums(tmp_path / "world") == file_sums(world)
-
-
-def test_seeds_and_sizes_are_separate(world, tmp_path):
     sums = file_sums(world)
+    assert sums == file_sums(generate(tmp_path / "again"))
     changed = []
     for flag, value in (("--model_seed", 2), ("--seed", 2), ("--num_train_posts", 500)):
         other = file_sums(generate(tmp_path / flag, flag, value))
@@ -115,7 +100,7 @@ def test_seeds_and_sizes_are_separate(world, tmp_path):
 
 
 def test_the_default_world_stays_as_it_is():
-    """Published results are about these very rows."""
+    """Published results are about these very rows, in every process."""
     args = tiny_env.Args("")
     posts = tiny_env.make_posts(args, "validation", 50, set())
     rows = [posts, tiny_env.make_comparisons(args, "validation", 100, posts), tiny_env.make_cnndm(args, 20)]
@@ -124,28 +109,13 @@ def test_the_default_world_stays_as_it_is():
     assert hashlib.sha256(text.encode()).hexdigest() == expected
 
 
-@pytest.mark.skipif(not os.path.isdir(os.environ.get("TLDR_DIR", "")), reason="TLDR_DIR names no folder")
-def test_schema_is_that_of_the_real_data(world):
-    """Beside it, comparisons have the columns of CNN/DM; the items of a list are named differently by writers."""
-    for name in ("posts", "comparisons"):
-        folders = (world, Path(os.environ["TLDR_DIR"]))
-        ours, theirs = [pq.read_schema(folder / name / "validation.parquet") for folder in folders]
-        assert ours.names == theirs.names
-        for column in theirs.names:
-            mine, real = [schema.field(column).type for schema in (ours, theirs)]
-            if column == "summaries":
-                mine, real = mine.value_type, real.value_type
-            assert mine == real or {(f.name, f.type) for f in real} <= {(f.name, f.type) for f in mine}
-
-
 def test_splits_are_disjoint_and_posts_state_their_facts(world):
-    texts = set()
-    for split, number in SPLITS.items():
+    texts = []
+    for split in SPLITS:
         posts, facts = read_rows(world, f"posts/{split}"), read_facts(world, split)
         own = {row["id"]: row["post"] for row in posts}
-        assert len(own) == number and not texts & set(own.values())
-        texts |= set(own.values())
         assert all(own[row["info"]["id"]] == row["info"]["post"] for row in read_rows(world, f"comparisons/{split}"))
+        texts += own.values()
         for row in posts:
             known = facts[row["id"]]
             assert known["query"] == "".join(ppo.format_post(row["subreddit"], row["title"], row["post"]))
@@ -153,6 +123,7 @@ def test_splits_are_disjoint_and_posts_state_their_facts(world):
             for name, value in known["facts"].items():
                 said = {word for word in words if tiny_env.SLOT_OF.get(word) == name}
                 assert said == {value} | {known["distractors"].get(name, value)}
+    assert len(set(texts)) == len(texts) == sum(SPLITS.values())
 
 
 def test_references_and_labels_are_as_noisy_as_stated(world):
@@ -161,7 +132,7 @@ def test_references_and_labels_are_as_noisy_as_stated(world):
     for row in read_rows(world, "posts/train"):
         known = facts[row["id"]]
         by_kind[known["reference_kind"]].append(tiny_env.gold_score(row["summary"], known["facts"]))
-    assert abs(len(by_kind["vague"]) / 400 - 0.6) < 4 * math.sqrt(0.6 * 0.4 / 400)
+    assert abs(len(by_kind["vague"]) - 0.6 * 400) < 4 * math.sqrt(400 * 0.6 * 0.4)
     assert mean(by_kind["thorough"]) > mean(by_kind["vague"]) + 2
 
     agree, expected, by_confidence = [], [], collections.defaultdict(list)
@@ -181,12 +152,10 @@ def test_references_and_labels_are_as_noisy_as_stated(world):
 
 
 def test_harder_worlds():
-    """More facts, values, distractors and fillers; and other words in posts, but never in summaries."""
-    flags = dict(num_facts=9, num_values=24, distractor_share=1.0, max_fillers=6, paraphrase_share=0.3)
-    args = tiny_env.Args("", **flags)
+    """More facts, values and distractors; and other words in posts, but never in summaries."""
+    args = tiny_env.Args("", num_facts=9, num_values=24, distractor_share=1.0, paraphrase_share=0.3)
     posts = tiny_env.make_posts(args, "validation", 300, set())
     assert all(len(post["facts"]) == 9 and len(post["distractors"]) == 1 for post in posts)
-    assert len({post["facts"]["who"] for post in posts}) > 12
     said = []
     for post in posts:
         words = set(tiny_env.split_words(post["post"]))
@@ -196,10 +165,10 @@ def test_harder_worlds():
             assert value in words or other in words
             said.append(other in words)
     assert 0.25 < mean(said) < 0.35
-    pairs = tiny_env.make_comparisons(args, "validation", 300, posts)
-    summaries = [post["summary"] for post in posts] + [text["text"] for pair in pairs for text in pair["summaries"]]
-    every = {word for others in tiny_env.PARAPHRASES.values() for word in others}
-    assert not every & set(tiny_env.split_words(" ".join(summaries)))
+    texts = [post["summary"] for post in posts]
+    for pair in tiny_env.make_comparisons(args, "validation", 300, posts):
+        texts += [summary["text"] for summary in pair["summaries"]]
+    assert not set(tiny_env.split_words(" ".join(texts))) & set(sum(tiny_env.PARAPHRASES.values(), ()))
 
 
 def test_base_model_is_a_plain_folder_of_transformers(world):
@@ -223,7 +192,7 @@ def test_folders_that_are_there_and_bad_flags(world, tmp_path):
     (tmp_path / "mine.txt").write_text("keep me")
     assert "something else" in error_line(run_inside(tiny_env, "--output_dir", tmp_path, *SIZES))
     flags = {"num_facts": 5, "num_values": 25, "num_test_posts": 0, "distractor_share": 1.5, "hidden_size": 60}
-    for name, value in (flags | {"max_position_embeddings": 64}).items():
+    for name, value in flags.items():
         assert f"--{name}" in error_line(run_inside(tiny_env, "--output_dir", tmp_path / "new", f"--{name}", value))
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
@@ -243,29 +212,27 @@ def test_gold_table_by_hand(world, tmp_path):
     assert (figures["gold"], figures["reference_gold"], figures["ties"]) == (0.05, -0.3, 0.25)
     assert (figures["win_rate"], figures["win_rate_vague"], figures["win_rate_thorough"]) == (2.5 / 4, 1.0, 0.25)
     assert (figures["invented_share"], figures["words"], figures["complete_share"]) == (0.3333, 13 / 4, 1)
-    low, high = figures["win_rate_ci95"]
-    assert 0 <= low < 0.625 < high <= 1
-
-    table.assign(id="t3_other").to_csv(tmp_path / "strange.csv", index=False)
-    table.drop(columns="reference").to_csv(tmp_path / "short.csv", index=False)
-    for name, word in {"strange": "t3_other", "short": "reference", "none": "cannot be read"}.items():
-        line = error_line(run_inside(gold, "--env_dir", world, tmp_path / f"{name}.csv"))
-        assert f"{name}.csv" in line and word in line
+    assert 0 <= figures["win_rate_ci95"][0] < 0.625 < figures["win_rate_ci95"][1] <= 1
+    bad = {"t3_other": table.assign(id="t3_other"), "reference": table.drop(columns="reference")}
+    for word, rows in bad.items():
+        rows.to_csv(tmp_path / "bad.csv", index=False)
+        line = error_line(run_inside(gold, "--env_dir", world, tmp_path / "bad.csv"))
+        assert "bad.csv" in line and word in line
 
 
 def test_gold_scores_of_a_rollout(world, monkeypatch):
     """ppo_gold.py adds its figures to what ppo.py logs, and changes nothing else."""
-    posts, facts = read_rows(world, "posts/train")[:3], read_facts(world, "train")
-    known = [facts[post["id"]] for post in posts]
+    posts = read_rows(world, "posts/train")[:3]
+    known = list(read_facts(world, "train").values())[:3]
     texts = [f"Trouble with my {known[0]['facts']['who']}.", "Trouble with my nephew.", posts[2]["summary"]]
     monkeypatch.setattr(ppo, "rollout_metrics", lambda *arguments: {"objective/kl": 0.5})
     ppo_gold.watch(str(world), SimpleNamespace(batch_decode=lambda texts, **_: texts))
     metrics = ppo.rollout_metrics(None, {"queries": [row["query"] for row in known], "responses": texts}, 0)
     scores = [tiny_env.gold_score(text, row["facts"]) for text, row in zip(texts, known)]
     references = [tiny_env.gold_score(post["summary"], row["facts"]) for post, row in zip(posts, known)]
-    won = [float(a > b) + 0.5 * (a == b) for a, b in zip(scores, references)]
     assert metrics["objective/gold_scores"] == pytest.approx(mean(scores))
-    assert metrics["objective/gold_win_rate"] == pytest.approx(mean(won))
+    won = mean([(a > b) + 0.5 * (a == b) for a, b in zip(scores, references)])
+    assert metrics["objective/gold_win_rate"] == pytest.approx(won)
     assert metrics["objective/kl"] == 0.5 and 0 < metrics["objective/invented_share"] < 1
     with pytest.raises(SystemExit):
         ppo.rollout_metrics(None, {"queries": ["SUBREDDIT: r/other"], "responses": [""]}, 0)

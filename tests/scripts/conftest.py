@@ -48,7 +48,7 @@ def chain(flags):
     runs = {}
     out = {name: runner.FOLDER / "chain" / name for name in flags}
     for name in flags:
-        runs[name] = runner.run(name, *runner.listed(flags[name]), "--run_eval", "--output_dir", out[name])
+        runs[name] = runner.run(name, flags[name], "--run_eval", "--output_dir", out[name])
     return SimpleNamespace(**runs, out=SimpleNamespace(**out))
 
 

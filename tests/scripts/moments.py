@@ -1,12 +1,13 @@
 """
-For the `inside` of a run: what happens to it, and when. Moments are told by what a run does to its files: Python's audit
-events, such as open and os.rename.
+What happens inside a run, and when. Moments are told by what a run does to its files: Python's audit events, such as open
+and os.rename. All of this can be pickled, and sent to the process of the run.
 """
 
 import os
 import signal
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,33 +15,38 @@ import torch
 import transformers
 
 
-def at(event, path, number, act):
-    """For `inside`: at the `number`th audit event of this name (open, os.rename, ...) whose path ends in `path`, act."""
+def at(event, path, number, act, *arguments):
+    """For `inside`: at the `number`th event of this name whose path ends in `path`, act(*arguments)."""
+    return partial(add_hook, event, path, number, act, arguments)
+
+
+def add_hook(event, path, number, act, arguments):
     seen = []
 
-    def hook(name, arguments):
-        if name == event and str(arguments[0]).endswith(path):
+    def hook(name, values):
+        if name == event and str(values[0]).endswith(path):
             seen.append(1)
             if len(seen) == number:
-                act()
+                act(*arguments)
 
     sys.addaudithook(hook)
 
 
 def on_rank(rank, inside):
     """For `inside`: in one of the processes only."""
+    return partial(call_on_rank, rank, inside)
+
+
+def call_on_rank(rank, inside):
     if os.environ["RANK"] == str(rank):
         inside()
 
 
-def kill(number=signal.SIGKILL):
-    """For `at`: a signal to this process."""
-    os.kill(os.getpid(), number)
-
-
-def interrupt_twice():
-    kill(signal.SIGINT)
-    kill(signal.SIGINT)
+# ---- What can be done at a moment ------------------------------------------------------------------------------------
+def kill(*numbers):
+    """Signals to this process, SIGKILL if none is named."""
+    for number in numbers or [signal.SIGKILL]:
+        os.kill(os.getpid(), number)
 
 
 def kill_soon(seconds):
@@ -50,8 +56,7 @@ def kill_soon(seconds):
 def kill_half_written():
     """SIGKILL when half of a checkpoint's bytes are on the disk."""
     out = sys.argv[sys.argv.index("--output_dir") + 1]
-    (folder,) = Path(out, "checkpoints").glob("*.tmp")
-    for path in folder.rglob("*"):
+    for path in Path(out, "checkpoints").glob("*.tmp/**/*"):
         if path.is_file():
             os.truncate(path, path.stat().st_size // 2)
     kill()
@@ -67,6 +72,11 @@ def fill(disk, room):
             os.truncate(disk / "filler", max(0, file.tell() - room))
 
 
+# ---- What can be changed before a run --------------------------------------------------------------------------------
+def change_flag(flag, value):
+    sys.argv[sys.argv.index(flag) + 1] = value
+
+
 def count_kept(path):
     """Write to a file how many numbers are kept for backward passes, when the summary is written."""
     kept = []
@@ -76,10 +86,10 @@ def count_kept(path):
         return tensor
 
     torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor).__enter__()
-    at("open", "summary.json.tmp", 1, lambda: Path(path).write_text(str(sum(kept))))
+    at("open", "summary.json.tmp", 1, lambda: Path(path).write_text(str(sum(kept))))()
 
 
-def fixed_responses():
+def fixed_responses(inside=None):
     """Responses that depend on their query only, not on the process that samples them."""
 
     def generate(self, queries, attention_mask, generation_config):
@@ -95,14 +105,5 @@ def fixed_responses():
         return torch.cat([queries, torch.tensor(np.array(rows))], dim=1)
 
     transformers.GenerationMixin.generate = generate
-
-
-def change_flag(flag, value):
-    sys.argv[sys.argv.index(flag) + 1] = value
-
-
-def stop_in_update_1():
-    """Fixed responses, and SIGTERM to rank 0 in its first update."""
-    fixed_responses()
-    if os.environ["RANK"] == "0":
-        at("open", "metrics.jsonl", 1, lambda: kill(signal.SIGTERM))
+    if inside:
+        inside()

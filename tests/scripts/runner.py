@@ -24,6 +24,9 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+from benchmark.systems.processes import started  # noqa: E402
+
 FOLDER = Path(tempfile.mkdtemp(prefix="tests-scripts-"))  # removed at the end of the session
 # Nothing of the user's is read or written, and no network is used. The models are tiny: more threads would only wait for
 # one another.
@@ -100,7 +103,7 @@ class Run:
             for file in files:
                 file.write_text(stdin if file is files[0] else "")
             self.files.append(files)
-            arguments = (name, list(map(str, flags)), env | ranks, inside, list(map(str, files)))
+            arguments = (name, words(flags), env | ranks, inside, list(map(str, files)))
             self.processes.append(CONTEXT.Process(target=in_fork, args=arguments, daemon=True))
         for process in self.processes:
             process.start()
@@ -180,26 +183,18 @@ def read_only(disk):
         subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
 
 
-@contextmanager
-def command(*words, env=(), **options):
-    """A command in a process group of its own, which ends with the block."""
-    words = [sys.executable, *map(str, words)]
-    process = subprocess.Popen(
-        words, env=ENV | dict(env), preexec_fn=end_with_parent, text=True, errors="replace", cwd=FOLDER, **options
-    )
-    try:
-        yield process
-    finally:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        process.wait()
+def command(*flags, env=(), **options):
+    """A command of Python, for a `with` block, at whose end it ends with all that it has started."""
+    options = dict(env=ENV | dict(env), text=True, errors="replace", cwd=FOLDER) | options
+    return started([sys.executable, *words(flags)], **options)
 
 
-def listed(flags):
-    """Flags as words; a flag whose value is None has none."""
-    return [word for pair in flags.items() for word in pair if word is not None]
+def words(flags):
+    """Words and dicts of flags as a list of words; a flag whose value is None has none."""
+    found = []
+    for part in flags:
+        found += [word for pair in part.items() for word in pair] if isinstance(part, dict) else [part]
+    return [str(word) for word in found if word is not None]
 
 
 def free_port():

@@ -17,7 +17,7 @@ import runner
 import torch
 from common import make_pairs, make_posts, make_tokenizer, write_rows
 from moments import at, kill
-from runner import Run, ahead, error_line, listed
+from runner import Run, ahead, error_line
 from safetensors.torch import load_file, save_file
 
 FOLDER = runner.FOLDER / "odd"
@@ -207,7 +207,7 @@ def refused(flags, chain):
                 changes[flag] = FOLDER / name
         changes = {"--output_dir": FOLDER / "out" / name} | changes
         # Whatever is asked on a terminal, the answer is yes.
-        run = Run(script, *listed(flags[script] | changes), stdin="y\n" * 50)
+        run = Run(script, flags[script] | changes, stdin="y\n" * 50)
         run.changes = changes
         return run
 
@@ -244,7 +244,7 @@ def test_code_of_a_tokenizer_folder_does_not_run_in_the_judge(world):
     [("sft", "--lr", "fast"), ("ppo", "--total_episodes", 1.5), ("reward", "--no_such", 1), ("sft", "--eval_split", "train")],
 )
 def test_flags_that_cannot_be_read(script, flag, value, flags):
-    done = runner.run(script, *listed(flags[script] | {flag: value}), "--output_dir", FOLDER / "none", code=2)
+    done = runner.run(script, flags[script] | {flag: value}, "--output_dir", FOLDER / "none", code=2)
     assert flag in done.err and "Traceback" not in done.err
     assert not (FOLDER / "none").exists()
 
@@ -258,7 +258,7 @@ def refuses(script, flags, folder):
     """A run in this folder is refused in one line, with --resume as well, and changes nothing."""
     before = contents(folder)
     for more in [(), ("--resume",)]:
-        line = error_line(Run(script, *listed(flags[script]), "--output_dir", folder, *more).wait())
+        line = error_line(Run(script, flags[script], "--output_dir", folder, *more).wait())
         assert f"--output_dir {folder}" in line
     assert contents(folder) == before
 
@@ -279,14 +279,14 @@ def test_output_folder_of_another_script_or_a_model(flags, chain, world):
 def test_output_folder_that_cannot_be_one(flags, tmp_path):
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path / "file", tmp_path / "file/below", Path("/proc/below")):
-        assert f"--output_dir {folder}" in error_line(Run("sft", *listed(flags["sft"]), "--output_dir", folder).wait())
+        assert f"--output_dir {folder}" in error_line(Run("sft", flags["sft"], "--output_dir", folder).wait())
     assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_output_folder_of_a_finished_run(flags, chain):
     """--resume says that there is nothing left to do; other flags or no --resume are errors."""
     before = contents(chain.out.sft)
-    words = ("sft", *listed(flags["sft"]), "--run_eval", "--output_dir", chain.out.sft)
+    words = ("sft", flags["sft"], "--run_eval", "--output_dir", chain.out.sft)
     assert "finished" in runner.run(*words, "--resume").out
     error_line(Run(*words).wait())
     assert "lr" in error_line(Run(*words, "--resume", "--lr", 2e-3).wait())
@@ -295,8 +295,8 @@ def test_output_folder_of_a_finished_run(flags, chain):
 
 def test_output_folder_of_a_run_that_goes_on(flags, chain, tmp_path):
     """A second run, with --resume as well, is refused, and does the first one no harm."""
-    words = (*listed(flags["sft"]), "--run_eval", "--output_dir", tmp_path)
-    first = Run("sft", *words, inside=partial(at, "open", "metrics.jsonl", 3, partial(kill, signal.SIGSTOP)))
+    words = (flags["sft"], "--run_eval", "--output_dir", tmp_path)
+    first = Run("sft", *words, inside=at("open", "metrics.jsonl", 3, kill, signal.SIGSTOP))
     first.wait_until_paused()
     refuses("sft", flags, tmp_path)
     os.kill(first.processes[0].pid, signal.SIGCONT)
@@ -305,8 +305,8 @@ def test_output_folder_of_a_run_that_goes_on(flags, chain, tmp_path):
 
 
 def test_output_folder_that_cannot_be_written(flags, disk):
-    words = ("sft", *listed(flags["sft"]), "--output_dir")
-    runner.run(*words, disk / "out", inside=partial(at, "os.rename", "model.tmp", 1, kill), code=-9)
+    words = ("sft", flags["sft"], "--output_dir")
+    runner.run(*words, disk / "out", inside=at("os.rename", "model.tmp", 1, kill), code=-9)
     with runner.read_only(disk):
         for folder, more in (("out", ("--resume",)), ("new", ())):
             assert str(disk / folder) in error_line(Run(*words, disk / folder, *more).wait())
@@ -321,7 +321,7 @@ def test_weights_that_are_not_finite(script, flag, make, flags, chain, tmp_path)
     """The run ends at its first update, and saves nothing."""
     make(weights=poison)(tmp_path / "model")
     changes = {flag: tmp_path / "model", "--output_dir": tmp_path / "out", "--save_every": 1}
-    line = error_line(Run(script, *listed(flags[script] | changes)).wait())
+    line = error_line(Run(script, flags[script] | changes).wait())
     assert "not finite" in line and "weights" in line
     assert not (tmp_path / "out/model").exists() and not (tmp_path / "out/checkpoints").exists()
 
@@ -330,7 +330,7 @@ def test_emoji_where_stdout_is_ascii(flags, world, tmp_path):
     posts(summary="\N{GRINNING FACE} caf\u00e9")(tmp_path / "posts")
     changes = {"--query_dataset": tmp_path / "posts", "--output_dir": tmp_path / "out", "--run_eval": None}
     changes |= {"--max_response_length": 30, "--exp_name": "caf\u00e9"}
-    done = runner.run("sft", *listed(flags["sft"] | changes), env={"PYTHONIOENCODING": "ascii"})
+    done = runner.run("sft", flags["sft"] | changes, env={"PYTHONIOENCODING": "ascii"})
     assert "\\U0001f600" in done.out
 
 
@@ -338,14 +338,14 @@ def test_odd_text_in_the_picture(flags, chain, tmp_path):
     """A name that is no formula, and an evaluated model that never was normalised."""
     changes = {"--exp_name": "$\\foo{", "--total_episodes": 0, "--run_eval": None, "--output_dir": tmp_path / "out"}
     reward_model({"normalization_rows": None})(tmp_path / "model")
-    runner.run("reward", *listed(flags["reward"] | changes | {"--reward_model_path": tmp_path / "model"}))
+    runner.run("reward", flags["reward"] | changes | {"--reward_model_path": tmp_path / "model"})
     assert (tmp_path / "out/eval_validation.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("mode", ["online", "odd"])
 def test_a_tracker_that_does_not_start(mode, flags, world, tmp_path):
     """No key, or an unknown mode: found before anything is loaded, and the folder is free for another try."""
-    words = ("sft", *listed(flags["sft"] | {"--output_dir": tmp_path / "out"}))
+    words = ("sft", flags["sft"] | {"--output_dir": tmp_path / "out"})
     done = Run(*words, "--track", env={"WANDB_MODE": mode}).wait()
     assert "--track" in error_line(done) and "rows" not in done.out
     runner.run(*words)

@@ -4,15 +4,15 @@ a launcher would have told them. One real launch shows that they are the same.
 """
 
 import json
-import subprocess
+import signal
 from functools import partial
 
 import numpy as np
 import pandas as pd
 import pytest
 import runner
-from moments import change_flag, fixed_responses, on_rank, stop_in_update_1
-from runner import Run, error_line, listed, read_json, read_metrics
+from moments import at, change_flag, fixed_responses, kill, on_rank
+from runner import Run, error_line, read_json, read_metrics
 from safetensors.numpy import load_file
 
 HALF = {"--local_micro_batch_size": 2}  # with two processes, the same batch
@@ -28,7 +28,7 @@ def runs(flags, chain):
             changes = {"--lr": 1e-4, "--run_eval": None, "--total_episodes": 16 if script == "ppo" else 32}
             changes |= {} if engine == "one" else HALF
             out = runner.FOLDER / "engines" / f"{len(made)}"
-            words = (*listed(flags[script] | changes), *more, "--output_dir", out)
+            words = (flags[script] | changes, *more, "--output_dir", out)
             runner.run(script, *words, engine=engine, inside=fixed_responses)
             made[script, engine, more] = out
         return made[script, engine, more]
@@ -75,31 +75,29 @@ def test_bf16_under_zero2_resumes_exactly(flags, chain, runs):
     assert first["objective/kl"] == 0 and first["val/ratio_first_dev"] == 0
     out = runner.FOLDER / "engines/bf16"
     changes = {"--lr": 1e-4, "--run_eval": None, "--bf16": None, "--output_dir": out} | HALF
-    words = listed(flags["ppo"] | changes)
-    run = Run("ppo", *words, engine="zero2", inside=stop_in_update_1)
-    assert run.wait().code == 143, run.errs
-    runner.run("ppo", *words, "--resume", engine="zero2", inside=fixed_responses)
+    stop = partial(fixed_responses, on_rank(0, at("open", "metrics.jsonl", 1, kill, signal.SIGTERM)))
+    runner.run("ppo", flags["ppo"] | changes, engine="zero2", inside=stop, code=143)
+    runner.run("ppo", flags["ppo"] | changes, "--resume", engine="zero2", inside=fixed_responses)
     assert read_metrics(out) == read_metrics(whole)
     assert (out / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
 
 
 def test_a_launch_is_like_the_forks(flags, chain, tmp_path):
     """accelerate launch with benchmark/accelerate/cpu_zero2.yaml, as the README shows it."""
-    words = listed(flags["ppo"] | HALF | {"--run_eval": None})
-    runner.run("ppo", *words, "--output_dir", tmp_path / "forks", engine="zero2")
+    words = (flags["ppo"] | HALF | {"--run_eval": None}, "--output_dir")
+    runner.run("ppo", *words, tmp_path / "forks", engine="zero2")
     config = runner.ROOT / "benchmark/accelerate/cpu_zero2.yaml"
     launch = ("-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", runner.free_port())
-    command = (*launch, runner.ROOT / "ppo.py", *words, "--output_dir", tmp_path / "launch")
-    with runner.command(*command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+    command = (*launch, runner.ROOT / "ppo.py", *words, tmp_path / "launch")
+    with runner.command(*command, stdout=-1, stderr=-2) as process:
         out = process.communicate(timeout=600)[0]
     assert process.returncode == 0, out
     assert read_metrics(tmp_path / "launch") == read_metrics(tmp_path / "forks")
 
 
 def test_an_error_of_another_rank_is_printed(flags, chain, tmp_path):
-    words = listed(flags["sft"] | HALF | {"--output_dir": tmp_path})
-    wrong = partial(on_rank, 1, partial(change_flag, "--base_model", "/no/such/model"))
-    run = Run("sft", *words, engine="ddp", inside=wrong).wait()
+    wrong = on_rank(1, partial(change_flag, "--base_model", "/no/such/model"))
+    run = Run("sft", flags["sft"] | HALF, "--output_dir", tmp_path, engine="ddp", inside=wrong).wait()
     assert run.codes[1] == 2 and "error: --base_model /no/such/model" in run.errs[1]
 
 
@@ -115,7 +113,7 @@ MISMATCHES = {
 @pytest.mark.parametrize("said", MISMATCHES)
 def test_a_launcher_that_disagrees_is_refused(said, flags, chain, tmp_path):
     env, more = MISMATCHES[said]
-    line = error_line(Run("ppo", *listed(flags["ppo"]), *more, "--output_dir", tmp_path / "out", env=env).wait())
+    line = error_line(Run("ppo", flags["ppo"], *more, "--output_dir", tmp_path / "out", env=env).wait())
     assert said in line
     assert not (tmp_path / "out").exists()
 
@@ -138,7 +136,7 @@ UNSAID = pytest.param("no stage", marks=pytest.mark.xfail(strict=True, reason="a
 def test_a_deepspeed_config_that_disagrees_is_refused(name, flags, chain, tmp_path):
     (tmp_path / "ds.json").write_text(json.dumps(CONFIGS.get(name, {})))
     env = {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "ds.json")}
-    words = (*listed(flags["ppo"]), "--output_dir", tmp_path / "out")
+    words = (flags["ppo"], "--output_dir", tmp_path / "out")
     line = error_line(Run("ppo", *words, engine="zero2 on one", env=env).wait())
     assert "DeepSpeed" in line
     assert not (tmp_path / "out").exists()
@@ -149,5 +147,5 @@ def test_a_deepspeed_config_that_agrees_is_taken(flags, chain, tmp_path):
     config |= {"train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto"}
     (tmp_path / "ds.json").write_text(json.dumps(config))
     for name, env in (("plain", {}), ("file", {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "ds.json")})):
-        runner.run("ppo", *listed(flags["ppo"]), "--output_dir", tmp_path / name, engine="zero2 on one", env=env)
+        runner.run("ppo", flags["ppo"], "--output_dir", tmp_path / name, engine="zero2 on one", env=env)
     assert read_metrics(tmp_path / "plain") == read_metrics(tmp_path / "file")

@@ -6,7 +6,6 @@ that the same seed gives the same result, and that what should change nothing ch
 import dataclasses
 import json
 import math
-import subprocess
 from collections import Counter
 from functools import partial
 
@@ -19,15 +18,11 @@ import torch
 from fake_hub import FakeHub
 from moments import count_kept
 from rouge_score.rouge_scorer import RougeScorer
-from runner import Run, ahead, listed, read_json, read_metrics
+from runner import Run, ahead, read_json, read_metrics
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-import ppo
-import reward
-import sft
-
-MODULES = {"sft": sft, "reward": reward, "ppo": ppo}
+MODULES = {module.__name__: module for module in common.SCRIPTS}
 SECRET = "hf_SecretOfATest0123456789"
 METRICS = {
     "sft": "episode epoch lr grad_norm eps sft/loss",
@@ -86,16 +81,6 @@ def test_files(script, chain):
     assert all(name in done.out for name in summary)
 
 
-@pytest.mark.parametrize("script, peak", [("sft", 0.5), ("reward", 0.5), ("ppo", 1)])
-def test_learning_rate(script, peak, chain):
-    """Annealed to 0: along a cosine, and in PPO linearly."""
-    rows = read_metrics(getattr(chain.out, script))[:-1]
-    assert [row["episode"] for row in rows] == [8 * (i + 1) for i in range(len(rows))]
-    for i, row in enumerate(rows):
-        share = i / len(rows)
-        assert row["lr"] == pytest.approx(1e-3 * (1 - share if script == "ppo" else (1 + math.cos(math.pi * share)) / 2))
-
-
 def test_sft_evaluation(chain, world):
     samples = pd.read_csv(chain.out.sft / "samples_validation.csv", keep_default_na=False)
     assert list(samples.columns) == ["id", "query", "response", "reference"]
@@ -134,7 +119,7 @@ def reference_scores(folder, samples):
 def test_reward_normalisation(flags, chain, world, tmp_path):
     """Detail 15: the human summaries of the training posts score 0 on average."""
     whole = {"--max_query_length": 110, "--max_query_response_length": 150, "--output_dir": tmp_path}
-    runner.run("reward", *listed(flags["reward"] | whole))
+    runner.run("reward", flags["reward"] | whole)
     posts = pd.read_parquet(world.posts / "train.parquet").to_dict("records")
     queries = [f"SUBREDDIT: r/{p['subreddit']}\n\nTITLE: {p['title']}\n\nPOST: {p['post']}\n\nTL;DR:" for p in posts]
     scores = reference_scores(tmp_path, zip(queries, [post["summary"] for post in posts]))
@@ -142,30 +127,28 @@ def test_reward_normalisation(flags, chain, world, tmp_path):
     assert read_json(tmp_path / "summary.json")["normalization_rows"] == len(posts)
 
 
-def test_reward_evaluation(chain, world):
+def test_reward_evaluation(chain):
     found = read_metrics(chain.out.reward)[-1]
     report = read_json(chain.out.reward / "eval_validation.json")
     pairs = pd.read_csv(chain.out.reward / "pairs_validation.csv")
-    assert np.allclose(pairs.margin, pairs.chosen_score - pairs.rejected_score)
-    assert (found["eval/pairs"], found["eval/pairs_cnndm"]) == (len(pairs), 6) == (12, 6)
-    assert found["eval/accuracy"] == pytest.approx((pairs.margin > 0).mean())
-    assert found["eval/loss"] == pytest.approx(np.log1p(np.exp(-pairs.margin)).mean())
-    assert found["eval/accuracy_low"] < found["eval/accuracy"] < found["eval/accuracy_high"]
     raw = common.make_pairs(12, 11)
     assert pairs.id.tolist() == [row["info"]["id"] for row in raw]
-    for name, key in (("batch", lambda row: row["batch"]), ("confidence", lambda row: str(row["extra"]["confidence"]))):
-        number = Counter(map(key, raw))
-        wins = Counter(key(row) for row, margin in zip(raw, pairs.margin) if margin > 0)
-        rows = {row["group"]: (row["n"], row["accuracy"]) for row in report[f"accuracy by {name}"]}
-        assert rows == {group: (n, pytest.approx(wins[group] / n)) for group, n in number.items()}
-    assert {row["group"] for row in report["accuracy by policy pair"]} <= {"ppo4 | ref", "ppo4 | sup4", "ref | sup4"}
-    assert sum(row["n"] for row in report["accuracy on CNN/DM by batch"]) == 6
-    assert sum(row["n"] for row in report["calibration"]) == 12
-    before, after = report["scores of reference summaries"]
-    offset = read_json(chain.out.reward / "summary.json")["normalization_offset"]
-    assert before["mean"] - after["mean"] == pytest.approx(offset) and before["n"] == 10
-    assert found["eval/reference_mean"] == pytest.approx(after["mean"])
+    assert np.allclose(pairs.margin, pairs.chosen_score - pairs.rejected_score)
+    assert (found["eval/pairs"], found["eval/pairs_cnndm"]) == (12, 6)
+    assert found["eval/accuracy"] == pytest.approx((pairs.margin > 0).mean())
+    assert found["eval/accuracy_low"] < found["eval/accuracy"] < found["eval/accuracy_high"]
+    assert found["eval/loss"] == pytest.approx(np.log1p(np.exp(-pairs.margin)).mean())
     assert found["eval/left_padding_max"] < 1e-4  # Detail 14: rounding only
+    wins = Counter(row["batch"] for row, margin in zip(raw, pairs.margin) if margin > 0)
+    number = Counter(row["batch"] for row in raw)
+    rows = {row["group"]: (row["n"], row["accuracy"]) for row in report["accuracy by batch"]}
+    assert rows == {group: (n, pytest.approx(wins[group] / n)) for group, n in number.items()}
+    for name in ("confidence", "policy pair"):
+        assert sum(row["n"] for row in report[f"accuracy by {name}"]) == 12
+    assert sum(row["n"] for row in report["calibration"]) == 12
+    assert sum(row["n"] for row in report["accuracy on CNN/DM by batch"]) == 6
+    before, after = report["scores of reference summaries"]
+    assert before["n"] == 10 and found["eval/reference_mean"] == pytest.approx(after["mean"])
     assert (chain.out.reward / "eval_validation.png").read_bytes().startswith(b"\x89PNG")
     assert all(title in chain.reward.out for title in report)
 
@@ -204,7 +187,7 @@ def test_a_sample_may_hold_any_character(script, flags, chain, tmp_path):
         common.write_rows(tmp_path / f"posts/{split}.jsonl", posts)
     changes = {"--query_dataset": tmp_path / "posts", "--max_query_length": 100, "--max_query_response_length": 140}
     changes |= {"--max_response_length": 40, "--total_episodes": 0, "--run_eval": None, "--output_dir": tmp_path / "out"}
-    runner.run(script, *listed(flags[script] | changes))
+    runner.run(script, flags[script] | changes)
     rows = pd.read_csv(tmp_path / "out/samples_validation.csv", keep_default_na=False)
     assert rows.reference.tolist() == [text.strip() for text in odd]
     assert all(text in query for text, query in zip(odd, rows["query"]))
@@ -215,7 +198,7 @@ def test_tracked_run(flags, chain, tmp_path):
     """--track with WANDB_MODE=offline: a run with project, owner, flags and metrics, which wandb can upload later."""
     changes = {"--track": None, "--wandb_project_name": "p-name", "--wandb_entity": "e-name", "--run_eval": None}
     env = {"WANDB_MODE": "offline", "WANDB_API_KEY": SECRET, "HF_TOKEN": SECRET}
-    done = runner.run("sft", *listed(flags["sft"] | changes), "--output_dir", tmp_path, env=env)
+    done = runner.run("sft", flags["sft"] | changes, "--output_dir", tmp_path, env=env)
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     for text in (b"p-name", b"e-name", b"sft__44413", b"sft/loss", b"eval/rougeL", b"max_query_response_length"):
         assert text in file.read_bytes()
@@ -223,17 +206,16 @@ def test_tracked_run(flags, chain, tmp_path):
     for path in tmp_path.rglob("*"):
         assert path.is_dir() or SECRET.encode() not in path.read_bytes(), path
     assert SECRET not in done.out + done.err
-    with runner.command("-m", "wandb", "sync", "--dry-run", file.parent, stdout=-1, stderr=subprocess.STDOUT) as sync:
+    with runner.command("-m", "wandb", "sync", "--dry-run", file.parent, stdout=-1, stderr=-2) as sync:
         assert file.parent.name in sync.communicate(timeout=200)[0] and sync.returncode == 0
 
 
 def test_uploaded_run(flags, chain, tmp_path):
     """--push_to_hub, and the script as a command: the model folder with a card, args.json, metrics.jsonl, and no token."""
-    words = listed(flags["ppo"] | {"--push_to_hub": None, "--hf_repo_id": "user/policy", "--run_eval": None})
+    changes = {"--push_to_hub": None, "--hf_repo_id": "user/policy", "--run_eval": None, "--output_dir": tmp_path}
     with FakeHub() as hub:
         env = {"HF_ENDPOINT": hub.url, "HF_TOKEN": SECRET, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
-        command = (runner.ROOT / "ppo.py", *words, "--output_dir", tmp_path)
-        with runner.command(*command, env=env, stdout=-1, stderr=subprocess.STDOUT) as process:
+        with runner.command(runner.ROOT / "ppo.py", flags["ppo"] | changes, env=env, stdout=-1, stderr=-2) as process:
             out = process.communicate(timeout=300)[0]
     assert process.returncode == 0 and SECRET not in out, out
     assert read_metrics(tmp_path) == read_metrics(chain.out.ppo)  # a command or a fork, it is the same
@@ -250,7 +232,7 @@ def test_uploaded_run(flags, chain, tmp_path):
 @pytest.mark.parametrize("script", MODULES)
 def test_same_seed_same_result_bit_for_bit(script, flags, chain, tmp_path):
     first = getattr(chain.out, script)
-    runner.run(script, *listed(flags[script]), "--run_eval", "--output_dir", tmp_path)
+    runner.run(script, flags[script], "--run_eval", "--output_dir", tmp_path)
     assert read_metrics(tmp_path) == read_metrics(first)
     table = "pairs_validation.csv" if script == "reward" else "samples_validation.csv"
     assert same_files(tmp_path, first, "model/model.safetensors", table)
@@ -261,7 +243,7 @@ def test_zero_episodes_only_evaluate(flags, chain, tmp_path):
     starts = {"sft": {"--base_model": chain.out.sft}, "reward": {"--reward_model_path": chain.out.reward}, "ppo": {}}
     for script, changes in starts.items():
         changes |= {"--total_episodes": 0, "--run_eval": None, "--output_dir": tmp_path / script}
-        runner.run(script, *listed(flags[script] | changes))
+        runner.run(script, flags[script] | changes)
         (found,) = read_metrics(tmp_path / script)
         if script != "ppo":
             assert found == pytest.approx(read_metrics(getattr(chain.out, script))[-1] | {"episode": 0}, abs=1e-6)
@@ -276,7 +258,7 @@ def test_micro_batches_change_no_result(script, flags, chain, tmp_path):
     for micro, steps in ((8, 1), (2, 4)):
         cut = {"--local_micro_batch_size": micro, "--gradient_accumulation_steps": steps, "--total_episodes": 8}
         out = tmp_path / str(micro)
-        runner.run(script, *listed(flags[script] | cut | {"--output_dir": out}))
+        runner.run(script, flags[script] | cut | {"--output_dir": out})
         runs.append((read_metrics(out)[0], weights(out)))
     close(runs[0][0], runs[1][0])
     for name, tensor in runs[0][1].items():
@@ -289,7 +271,7 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing(script, flags, ch
     for more in ({}, {"--gradient_checkpointing": None}):
         out = tmp_path / str(len(more))
         changes = {"--total_episodes": 8, "--output_dir": out} | more
-        runner.run(script, *listed(flags[script] | changes), inside=partial(count_kept, tmp_path / "kept"))
+        runner.run(script, flags[script] | changes, inside=partial(count_kept, tmp_path / "kept"))
         kept.append(int((tmp_path / "kept").read_text()))
     assert kept[1] < 0.7 * kept[0]
     close(read_metrics(tmp_path / "1")[0], read_metrics(tmp_path / "0")[0])
@@ -436,7 +418,7 @@ def changed(flags, chain, world):
         common.write_rows(other / f"posts/{split}.parquet", common.make_posts(number, 90))
         common.write_rows(other / f"pairs/{split}.parquet", common.make_pairs(number - 2, 92))
     common.make_model_folder(other / "model", seed=1)
-    runner.run("reward", *listed(flags["reward"] | {"--seed": 9, "--output_dir": other / "reward"}))
+    runner.run("reward", flags["reward"] | {"--seed": 9, "--output_dir": other / "reward"})
 
     def start(case):
         script, flag = case
@@ -448,7 +430,7 @@ def changed(flags, chain, world):
                 changes[name] = other / value.removeprefix("OTHER/")
             if value == "REWARD":
                 changes[name] = chain.out.reward
-        run = Run(script, *listed({name: value for name, value in changes.items() if value is not REMOVED}))
+        run = Run(script, {name: value for name, value in changes.items() if value is not REMOVED})
         run.output_dir = changes["--output_dir"]
         return run
 

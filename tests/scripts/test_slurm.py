@@ -8,24 +8,20 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
-import psutil
 import pytest
 import runner
 import tyro
-from runner import listed, read_json, read_metrics
-
-import ppo
-import reward
-import sft
+from common import ppo, reward, sft
+from runner import read_json, read_metrics, started
 
 ROOT = runner.ROOT
 MODULES = {"sft.py": sft, "reward.py": reward, "ppo.py": ppo}
-SEEDS = ["44413", "55513", "66613", "77713"]
 # What stands in for Slurm. srun starts a task per node, each in a session of its own, and reports the worst exit code.
 SLURM = {
     "srun": """
@@ -68,11 +64,9 @@ class Cluster:
         (folder / f".venv/installed-{stamp}").touch()
         paths = f"{folder / 'bin'}:{Path(sys.executable).parent}"
         (folder / ".venv/bin/activate").write_text(f"export PATH={shlex.quote(paths)}:$PATH\n")
-        self.env = {name: value for name, value in runner.ENV.items() if not name.startswith("SLURM_")}
-        self.env |= {"CALLS": str(folder / "calls"), "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+        self.job = str((runner.free_port() - 20000) % 12000)  # stage.sbatch takes its port from the job's id
+        self.env = {"CALLS": str(folder / "calls"), "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
         self.env |= {"SLURM_SUBMIT_DIR": str(folder), "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "node[1-2]"}
-        # The port follows from the job's id.
-        self.job = str((runner.free_port() - 20000) % 12000)
         self.env |= {"SLURM_JOB_ID": self.job, "AT_SIGNAL": "143", "SECONDS_TO_RUN": "0"}
 
     def write_commands(self, commands):
@@ -82,79 +76,60 @@ class Cluster:
             path.write_text(f'#!/usr/bin/env bash\necho "{name} $*" >> "$CALLS"\n{body}\n')
             path.chmod(0o755)
 
-    def start(self, *words, **env):
+    @contextmanager
+    def stage(self, *words, **env):
         """stage.sbatch, as Slurm starts it: a copy of it, from elsewhere."""
         spooled = shutil.copy(ROOT / "benchmark/slurm/stage.sbatch", self.folder / "slurm_script")
-        env = self.env | {name: str(value) for name, value in env.items()}
-        with open(self.folder / "log", "a") as log:
-            command = ["bash", spooled, *map(str, words)]
-            self.process = subprocess.Popen(command, env=env, cwd="/", stdout=log, stderr=log)
-
-    def end(self, timeout=300):
-        return self.process.wait(timeout)
+        env = runner.ENV | self.env | {name: str(value) for name, value in env.items()}
+        with open(self.folder / "log", "a") as log, started(["bash", spooled, *runner.words(words)], env=env, stdout=log, stderr=log) as job:
+            yield job
 
     def run(self, *words, **env):
-        words = ["bash", *map(str, words)]
-        return subprocess.run(words, env=self.env | env, cwd=self.folder, capture_output=True, text=True, timeout=300)
+        with started(["bash", *words], env=runner.ENV | self.env | env, cwd=self.folder, text=True, stderr=-1) as process:
+            err = process.communicate(timeout=300)[1]
+        return SimpleNamespace(code=process.returncode, err=err)
 
     def calls(self, name):
         path = self.folder / "calls"
         lines = path.read_text().splitlines() if path.exists() else []
         return [line.removeprefix(f"{name} ") for line in lines if line.startswith(name)]
 
-    def log(self):
-        return (self.folder / "log").read_text()
-
-    def wait_for(self, condition):
-        while not condition():
-            assert self.process.poll() is None, self.log()
-            time.sleep(0.02)
-
     def requeued(self):
         return [call.removeprefix("requeue ") for call in self.calls("scontrol") if call.startswith("requeue")]
 
 
+def wait_for(job, condition):
+    while not condition():
+        assert job.poll() is None
+        time.sleep(0.02)
+
+
 @pytest.fixture
 def cluster(tmp_path):
-    cluster = Cluster(tmp_path)
-    cluster.process = None
-    yield cluster
-    if cluster.process and cluster.process.poll() is None:
-        for child in psutil.Process(cluster.process.pid).children(recursive=True):
-            child.kill()
-        cluster.process.kill()
+    return Cluster(tmp_path)
 
 
 def test_stop_requeue_and_continue(cluster, flags):
     """Told to stop in the middle of an array task on two processes, a stage saves and is requeued; run again, it continues."""
     out = cluster.folder / "out-66613"
-    changes = {"--save_every": 0, "--total_episodes": 1200, "--local_micro_batch_size": 2}
-    words = ("sft.py", *listed(flags["sft"] | changes), "--seed", "{seed}", "--output_dir", cluster.folder / "out-{seed}")
+    changes = {"--save_every": 0, "--total_episodes": 800, "--local_micro_batch_size": 2}
+    words = ("sft.py", flags["sft"] | changes, "--seed", "{seed}", "--output_dir", cluster.folder / "out-{seed}")
     env = dict(SLURM_ARRAY_JOB_ID=500, SLURM_ARRAY_TASK_ID=2, PROCESSES_PER_NODE=2)
     env |= dict(CONFIG="benchmark/accelerate/cpu_ddp.yaml")
-    cluster.start(*words, **env)
-    cluster.wait_for(lambda: (out / "metrics.jsonl").exists() and len(read_metrics(out)) > 2)
-    cluster.process.send_signal(signal.SIGUSR1)  # what --signal=B:USR1@... sends, to the batch shell alone
-    assert cluster.end() == 143, cluster.log()
+    with cluster.stage(*words, **env) as job:
+        wait_for(job, lambda: (out / "metrics.jsonl").exists() and len(read_metrics(out)) > 2)
+        job.send_signal(signal.SIGUSR1)  # what --signal=B:USR1@... sends, to the batch shell alone
+        assert job.wait(300) == 143, (cluster.folder / "log").read_text()
     before = read_metrics(out)
     assert [path.name for path in (out / "checkpoints").iterdir()] == [f"update_{len(before):08d}"]
-    assert len(before) < 150 and not (out / "summary.json").exists()
+    assert len(before) < 100 and not (out / "summary.json").exists()
     assert cluster.calls("scancel") == ["--signal=TERM 500_2"] and cluster.requeued() == ["500_2"]
-    cluster.start(*words, **env, SLURM_RESTART_COUNT=1)
-    assert cluster.end() == 0, cluster.log()
+    with cluster.stage(*words, **env, SLURM_RESTART_COUNT=1) as job:
+        assert job.wait(300) == 0, (cluster.folder / "log").read_text()
     after = read_metrics(out)
-    assert [row["episode"] for row in after] == [8 * i for i in range(1, 151)] and after[: len(before)] == before
+    assert [row["episode"] for row in after] == [8 * i for i in range(1, 101)] and after[: len(before)] == before
     record = read_json(out / "args.json")
     assert record["args"]["seed"] == 66613 and record["launch"].startswith("2 x") and cluster.requeued() == ["500_2"]
-
-
-def test_an_error_is_not_repeated(cluster):
-    """Exit code 2: the job fails, with the script's line in the log, and is not put back into the queue."""
-    launcher = f'while [ "$1" != sft.py ]; do shift; done; {shlex.quote(sys.executable)} "$@" || exit 1'
-    cluster.write_commands({"accelerate": launcher})
-    cluster.start("sft.py", "--lr", "-1")
-    assert cluster.end() == 1
-    assert "error: --lr" in cluster.log() and cluster.requeued() == []
 
 
 # What the batch script decides: told to stop on the batch shell or on the nodes, and the environment -> exit code, requeued.
@@ -172,38 +147,36 @@ def test_stopped(what, cluster):
     """Each process receives one signal, the launcher none."""
     to, env, code, requeued = STOPS[what]
     cluster.write_commands({"accelerate": LAUNCHER})
-    cluster.start("ppo.py", SLURM_NNODES=2, SECONDS_TO_RUN=600, **env)
-    cluster.wait_for(lambda: len(list(cluster.folder.glob("calls.ready*"))) == 2)
-    if to == "batch":
-        cluster.process.send_signal(signal.SIGUSR1)
-    else:
-        for pid in (cluster.folder / "calls.tasks").read_text().split():
-            os.kill(int(pid), signal.SIGTERM)
-    assert cluster.end() == code
+    with cluster.stage("ppo.py", SLURM_NNODES=2, SECONDS_TO_RUN=600, **env) as job:
+        wait_for(job, lambda: len(list(cluster.folder.glob("calls.ready*"))) == 2)
+        if to == "batch":
+            job.send_signal(signal.SIGUSR1)
+        else:
+            for pid in (cluster.folder / "calls.tasks").read_text().split():
+                os.kill(int(pid), signal.SIGTERM)
+        assert job.wait(300) == code
     assert len(cluster.calls("one signal")) == 2 and not cluster.calls("signal to the launcher")
     assert cluster.requeued() == ([cluster.job] if requeued else [])
 
 
-def test_finished_on_three_nodes(cluster):
-    cluster.write_commands({"accelerate": LAUNCHER})
-    cluster.start("ppo.py", "--output_dir", "a folder", SLURM_NNODES=3, SLURM_GPUS_ON_NODE=8)
-    assert cluster.end() == 0 and cluster.requeued() == []
-    calls = sorted(cluster.calls("accelerate"))
-    assert len(calls) == 3
-    for rank, call in enumerate(calls):
-        assert f"deepspeed_zero2_nodes.yaml --num_machines 3 --machine_rank {rank} --num_processes 24 " in call
-        assert call.endswith("ppo.py --output_dir a folder --resume")
+def test_an_error_is_not_repeated(cluster):
+    cluster.write_commands({"accelerate": "exit 1"})
+    with cluster.stage("sft.py") as job:
+        assert job.wait(300) == 1 and cluster.requeued() == []
 
 
 @pytest.mark.parametrize("task", [3, 4])
-def test_array(task, cluster):
+def test_array_on_three_nodes(task, cluster):
     """Tasks 0 to 3 are the paper's seeds; there is no task 4."""
     cluster.write_commands({"accelerate": LAUNCHER})
-    cluster.start("sft.py", "--seed", "{seed}", "--output_dir", "m-{seed}", SLURM_ARRAY_TASK_ID=task, SLURM_ARRAY_JOB_ID=9)
-    assert cluster.end() == (0 if task < 4 else 2)
-    assert [call.partition(" sft.py ")[2] for call in cluster.calls("accelerate")] == [
-        f"--seed {seed} --output_dir m-{seed} --resume" for seed in SEEDS[task:]
-    ]
+    env = dict(SLURM_ARRAY_TASK_ID=task, SLURM_ARRAY_JOB_ID=9, SLURM_NNODES=3, SLURM_GPUS_ON_NODE=8)
+    with cluster.stage("ppo.py", "--seed", "{seed}", "--output_dir", "a folder", **env) as job:
+        assert job.wait(300) == (0 if task < 4 else 2)
+    calls = sorted(cluster.calls("accelerate"))
+    assert len(calls) == (3 if task < 4 else 0) and cluster.requeued() == []
+    for rank, call in enumerate(calls):
+        assert f"deepspeed_zero2_nodes.yaml --num_machines 3 --machine_rank {rank} --num_processes 24 " in call
+        assert call.endswith("ppo.py --seed 77713 --output_dir a folder --resume")
 
 
 # ---- Chains ----------------------------------------------------------------------------------------------------------
@@ -222,12 +195,12 @@ def parse(call, gpus):
 @pytest.mark.parametrize("size, micro, rollout", [("1b", (16, 8, 16), 64), ("2.8b", (4, 4, 4), 32), ("6.9b", (1, 1, 1), 4)])
 def test_chain(cluster, size, micro, rollout):
     """The paper's batches and, on eight GPUs, its micro-batches; each stage waits for the one before."""
-    done = cluster.run("benchmark/slurm/chain.sh", size, "55513")
-    assert done.returncode == 0, done.stderr
+    assert cluster.run("benchmark/slurm/chain.sh", size, "55513").code == 0
     calls = cluster.calls("sbatch")
     out = f"models/pythia-{size}-seed55513"
     stages = [parse(call, 8) for call in calls]
-    assert "dependency" not in calls[0] and "afterok:101 --kill-on-invalid-dep=yes" in calls[1] and "afterok:102 " in calls[2]
+    assert ["--kill-on-invalid-dep=yes" in call for call in calls] == [False, True, True]
+    assert "--dependency=afterok:101 " in calls[1] and "--dependency=afterok:102 " in calls[2]
     assert all(args.seed == 55513 and args.bf16 and args.run_eval for args in stages)
     assert [args.output_dir for args in stages] == [f"{out}/{name}" for name in ("sft", "reward", "ppo")]
     assert stages[0].base_model == f"EleutherAI/pythia-{size}-deduped"
@@ -235,37 +208,20 @@ def test_chain(cluster, size, micro, rollout):
     assert stages[2].reward_model_path == f"{out}/reward" and stages[2].offload == (size == "6.9b")
     assert tuple(args.local_micro_batch_size for args in stages) == micro
     assert stages[2].local_rollout_forward_batch_size == rollout
-    four = cluster.run("benchmark/slurm/chain.sh", size, "55513", NODES="4")
-    assert four.returncode == 0 and all(parse(call, 32) for call in cluster.calls("sbatch")[3:])
+    assert cluster.run("benchmark/slurm/chain.sh", size, "55513", NODES="4").code == 0
+    assert all(parse(call, 32) for call in cluster.calls("sbatch")[3:])
 
 
-def test_sweep(cluster):
-    """Per size three arrays over the seeds; a task waits for the same task of the array before."""
-    assert cluster.run("benchmark/slurm/sweep.sh").returncode == 0
-    calls = cluster.calls("sbatch")
-    assert len(calls) == 9 and all("--array 0-3 " in call and "--seed {seed} " in call for call in calls)
-    assert ["aftercorr" in call for call in calls] == 3 * [False, True, True]
-    assert parse(calls[8], 8).reward_model_path == "models/pythia-6.9b-seed7/reward"
-
-
-@pytest.mark.parametrize("size, env, line", [("3b", {}, "3b"), ("1b", {"GPUS_PER_NODE": "6"}, "6 GPUs")])
-def test_chain_refuses(cluster, size, env, line):
+@pytest.mark.parametrize("size, env, word", [("3b", {}, "3b"), ("1b", {"GPUS_PER_NODE": "6"}, "6 GPUs")])
+def test_chain_refuses(cluster, size, env, word):
     done = cluster.run("benchmark/slurm/chain.sh", size, "1", **env)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and line in done.stderr and not cluster.calls("sbatch")
+    assert done.code == 2 and done.err.startswith("error: ") and word in done.err and not cluster.calls("sbatch")
 
 
 def test_pythia(cluster):
     """The same settings without Slurm; what was interrupted continues."""
     cluster.write_commands({"accelerate": ""})
-    assert cluster.run("benchmark/pythia.sh", "1b", GPUS="4").returncode == 0
+    assert cluster.run("benchmark/pythia.sh", "1b", GPUS="4").code == 0
     calls = cluster.calls("accelerate")
     assert [parse(call, 4).output_dir.rpartition("/")[2] for call in calls] == ["sft", "reward", "ppo"]
     assert all("deepspeed_zero2.yaml --num_processes 4 " in call and call.endswith("--resume") for call in calls)
-
-
-def test_batch_header():
-    """Slurm reads #SBATCH lines only before the first command; what the requeueing rests on is among them."""
-    lines = (ROOT / "benchmark/slurm/stage.sbatch").read_text().splitlines()
-    first = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
-    options = {line.removeprefix("#SBATCH ").partition("@")[0] for line in lines[:first]}
-    assert {"--requeue", "--open-mode=append", "--ntasks-per-node=1", "--signal=B:USR1"} <= options
