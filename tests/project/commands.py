@@ -38,8 +38,9 @@ def long(function):
     @pytest.fixture(scope="module", name=function.__name__)
     def result(request, tmp_path_factory):
         needed = {name for item in request.session.items for name in item.fixturenames}
-        for name in LONG.keys() & needed - RUNNING.keys():
-            RUNNING[name] = POOL.submit(LONG[name], tmp_path_factory.mktemp(name))
+        for name in LONG:
+            if name in needed - RUNNING.keys():
+                RUNNING[name] = POOL.submit(LONG[name], tmp_path_factory.mktemp(name))
         return RUNNING[function.__name__].result()
 
     return result

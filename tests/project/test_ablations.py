@@ -30,7 +30,7 @@ FLAGS = {
     "one_epoch": {"num_ppo_epochs": 1}, "minibatches_4": {"num_mini_batches": 4, "gradient_accumulation_steps": 1},
     "no_eos_penalty": {"missing_eos_penalty": None}, "reward_whitening": {"whiten_rewards": True},
 }  # fmt: skip
-EOS, PAD, R = 0, 9, 8  # two token ids; tokens sampled per response
+EOS, PAD, R = 0, 9, 12  # two token ids; tokens sampled per response
 
 
 @functools.cache
@@ -53,7 +53,8 @@ def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     for seed, split in enumerate(("train", "validation")):
         write_rows(root / "posts" / f"{split}.jsonl", make_posts(16, seed))
-    base, other = [make_model_folder(root / name, hidden_dropout=0.25, seed=seed) for seed, name in enumerate("ab")]
+    # With these seeds, some responses end and some do not.
+    base, other = [make_model_folder(root / str(seed), hidden_dropout=0.25, seed=seed) for seed in (5, 6)]
     tokenizer = ppo.load_tokenizer(other, "x")
     classifier = AutoModelForSequenceClassification.from_pretrained(other, num_labels=1)
     classifier.config.normalization_offset = 0.5
@@ -81,7 +82,7 @@ def run_ppo(models, tmp_path_factory):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_diff_applies_and_is_small(name, tmp_path):
     header, path = VARIANTS[name].header, VARIANTS[name].path
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 40 and max(map(len, lines)) <= 121  # a mark, and a line of the scripts
     assert [*header][:5] == ["title", "detail", "changes", "expected", "stages"] and all(header.values())
     after = ablate.patched_scripts(VARIANTS[name])  # by git apply
@@ -112,8 +113,7 @@ def test_queries(models):
         assert [post["query"] for post in spaced] == [post["query"] + " " for post in plain]
         assert [post["tokens"].tolist() for post in spaced] == [post["tokens"].tolist() for post in plain]
     parts = ("SUBREDDIT: r/advice\n\nPOST: ", "my boss lied about the money\n" * 9, "\n\nTL;DR:")
-    [soft] = ppo.make_queries(models.tokenizer, [parts], 40)
-    [hard] = patched("hard_truncation").make_queries(models.tokenizer, [parts], 40)
+    [[soft], [hard]] = [patched(n).make_queries(models.tokenizer, [parts], 40) for n in ("", "hard_truncation")]
     assert soft.endswith("\n\nTL;DR:") and "TL;DR:" not in hard
     assert "".join(parts).startswith(hard) and len(ppo.encode(models.tokenizer, [hard])[0]) == 40
 
@@ -158,7 +158,6 @@ def test_reward_model():
 
 
 def test_initial_networks(run_ppo):
-    """The diffs of the value model, and of the normalisation offset."""
     for name in ("", "no_normalisation", "value_from_sft", "value_from_scratch"):
         run_ppo(name, "--total_episodes", 0, train=(train := mock.Mock()))
         nets = train.call_args.args[2]
@@ -220,7 +219,7 @@ def test_per_rank_shuffle(script):
 
 
 def test_training(run_ppo):
-    first = {}  # lines of metrics.jsonl
+    first = {}
     names = "no_annealing tensorflow_adam no_temperature no_truncation dropout_ppo decoder_logprobs_bf16"
     for name in ["", *names.split()]:
         with mock.patch.object(AdamW, "step", autospec=True, side_effect=AdamW.step) as spy:
@@ -228,7 +227,6 @@ def test_training(run_ppo):
         eps = spy.call_args.args[0].param_groups[0]["eps"]  # of the fourth and last optimizer step
         assert eps == pytest.approx(1e-5 / (1 - 0.999**4) ** 0.5 if name == "tensorflow_adam" else 1e-5)
         assert [line["lr"] for line in lines] == [1e-3, 1e-3 if name == "no_annealing" else 5e-4]
-        # First ratios are 1; dropout and logprobs of a decoder in bf16 move them.
         for line in lines:
             assert (line["val/ratio_first_dev"] > 1e-3) == (name in ("dropout_ppo", "decoder_logprobs_bf16"))
         first[name] = lines[0]
@@ -239,7 +237,7 @@ def test_training(run_ppo):
 
 
 def test_the_evaluation_is_as_before(run_ppo):
-    """No truncation and no temperature concern the training alone."""
+    """No truncation and no temperature concern training only."""
     found = []
 
     def train(args, accelerator, nets, *rest):  # so that the KL is not 0

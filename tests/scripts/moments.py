@@ -1,6 +1,6 @@
 """
-What happens inside a run, and when. Moments are told by what a run does to its files: Python's audit events, such as open
-and os.rename. All of this can be pickled, and sent to the process of the run.
+What happens inside a run, and when. Moments are told by what a run does to its files: Python's audit events, such as
+open and os.rename. All of this can be pickled, and sent to the process of the run.
 """
 
 import os

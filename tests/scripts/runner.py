@@ -28,12 +28,12 @@ sys.path.insert(0, str(ROOT))
 from benchmark.systems.processes import started  # noqa: E402
 
 FOLDER = Path(tempfile.mkdtemp(prefix="tests-scripts-"))  # removed at the end of the session
-# Nothing of the user's is read or written, and no network is used. The models are tiny: more threads would only wait for
-# one another.
+# Nothing of the user's is read or written, and no network is used. The models are tiny: more threads would only wait
+# for one another.
 ENV = {name: value for name, value in os.environ.items() if name.split("_")[0] not in ("ACCELERATE", "HF", "WANDB")}
 ENV |= {"HOME": str(FOLDER), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 ENV |= {"DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])}
-# What a launcher tells its processes with benchmark/accelerate/cpu_ddp.yaml and cpu_zero2.yaml, the latter on one or two.
+# What a launcher tells its processes with benchmark/accelerate/cpu_ddp.yaml and cpu_zero2.yaml.
 ZERO2 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
 ENGINES = {
     "one": {},
@@ -84,8 +84,8 @@ class Run:
     """
     A script that runs in one fork, or in two that make up an engine.
 
-    `inside` is called in each before main(), to put something in its way. After `wait`: `codes`, `outs` and `errs` of all,
-    `code` (the common one, or all), `out` and `err` (those of rank 0).
+    `inside` is called in each before main(), to put something in its way. After `wait`: `codes`, `outs` and `errs` of
+    all, `code` (the common one, or all), `out` and `err` (those of rank 0).
     """
 
     running = []
@@ -158,8 +158,8 @@ def run(*arguments, code=0, **options):
 
 def ahead(start, cases):
     """
-    A function that gives the finished run of a case. `start(case)` starts one; the case that follows in `cases` is started
-    as well, so that two cores are busy.
+    A function that gives the finished run of a case. `start(case)` starts one; the case that follows in `cases` is
+    started as well, so that two cores are busy.
     """
     started = {}
 

@@ -1,6 +1,6 @@
 """
-The result does not depend on the engine: one process, two with DDP, two with DeepSpeed ZeRO-2, which are forks that know what
-a launcher would have told them. One real launch shows that they are the same.
+The result does not depend on the engine: one process, two with DDP, two with DeepSpeed ZeRO-2. These are forks that
+know what a launcher would have told them; one real launch shows that they are the same.
 """
 
 import json

@@ -1,6 +1,6 @@
 """
-No work is lost: sft.py, reward.py and ppo.py killed, told to stop, or out of disk, and resumed. What a resumed run leaves
-behind is, bit for bit, what a run that nothing stopped leaves behind, wall-clock fields aside.
+No work is lost: sft.py, reward.py and ppo.py killed, told to stop, or out of disk, and resumed. What a resumed run
+leaves behind is, bit for bit, what a run that nothing stopped leaves behind, wall-clock fields aside.
 
 benchmark/systems/kill.py kills real launches at random moments.
 """
@@ -103,7 +103,7 @@ def test_killed_and_resumed(script, moment, killed, six, whole):
 
 @pytest.mark.parametrize("engine", ["ddp", "zero2"])
 def test_two_processes_stopped_killed_and_resumed(engine, six, whole, tmp_path):
-    """SIGTERM to one of two stops both after the same update. Killed in a checkpoint, they go on from the one before."""
+    """SIGTERM to one of two stops both after the same update. Killed in a checkpoint, they use the one before."""
     call = ("ppo", six["ppo"] | HALF, "--output_dir", tmp_path)
     run = Run(*call, engine=engine, inside=on_rank(0, at("open", "metrics.jsonl", 3, kill, signal.SIGSTOP)))
     run.wait_until_paused()
@@ -121,7 +121,7 @@ def test_two_processes_stopped_killed_and_resumed(engine, six, whole, tmp_path):
 
 
 # ---- Told to stop ----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("script, number", [("sft", signal.SIGINT), ("reward", signal.SIGTERM), ("ppo", signal.SIGTERM)])
+@pytest.mark.parametrize("script, number", [("sft", signal.SIGINT), ("reward", signal.SIGINT), ("ppo", signal.SIGTERM)])
 def test_a_signal_ends_the_run_after_its_update(script, number, six, whole, tmp_path):
     call = (script, six[script], "--output_dir", tmp_path)
     done = runner.run(*call, inside=at("open", "metrics.jsonl", 3, kill, number), code=128 + number)

@@ -1,6 +1,6 @@
 """
-sft.py, reward.py and ppo.py for a few steps on a small model and small data: what they write, that every flag has an effect,
-that the same seed gives the same result, and that what should change nothing changes nothing.
+sft.py, reward.py and ppo.py for a few steps on a small model and small data: what they write, that every flag has an
+effect, that the same seed gives the same result, and that what should change nothing changes nothing.
 """
 
 import dataclasses
@@ -29,8 +29,8 @@ METRICS = {
     "reward": "episode epoch lr grad_norm eps rm/loss rm/accuracy rm/chosen_rewards rm/rejected_rewards rm/margin",
     "ppo": "episode epoch lr grad_norm eps time/rollout time/train objective/kl objective/entropy objective/scores "
     "objective/non_score_reward objective/rlhf_reward objective/rm_scores objective/response_length loss/policy_avg "
-    "loss/value_avg policy/approxkl_avg policy/clipfrac_avg policy/entropy_avg val/clipfrac_avg val/ratio val/ratio_var "
-    "val/ratio_first val/ratio_first_dev val/num_eos_tokens val/eos_share",
+    "loss/value_avg policy/approxkl_avg policy/clipfrac_avg policy/entropy_avg val/clipfrac_avg val/ratio "
+    "val/ratio_var val/ratio_first val/ratio_first_dev val/num_eos_tokens val/eos_share",
 }
 EVALUATION = {
     "sft": "rows loss response_length rouge1 rouge2 rougeL",
@@ -186,8 +186,8 @@ def test_a_sample_may_hold_any_character(script, flags, chain, tmp_path):
     for split in ("train", "validation"):
         common.write_rows(tmp_path / f"posts/{split}.jsonl", posts)
     changes = {"--query_dataset": tmp_path / "posts", "--max_query_length": 100, "--max_query_response_length": 140}
-    changes |= {"--max_response_length": 40, "--total_episodes": 0, "--run_eval": None, "--output_dir": tmp_path / "out"}
-    runner.run(script, flags[script] | changes)
+    changes |= {"--max_response_length": 40, "--total_episodes": 0, "--run_eval": None}
+    runner.run(script, flags[script] | changes, "--output_dir", tmp_path / "out")
     rows = pd.read_csv(tmp_path / "out/samples_validation.csv", keep_default_na=False)
     assert rows.reference.tolist() == [text.strip() for text in odd]
     assert all(text in query for text, query in zip(odd, rows["query"]))
@@ -211,7 +211,7 @@ def test_tracked_run(flags, chain, tmp_path):
 
 
 def test_uploaded_run(flags, chain, tmp_path):
-    """--push_to_hub, and the script as a command: the model folder with a card, args.json, metrics.jsonl, and no token."""
+    """--push_to_hub, and the script as a command: the model with a card, args.json, metrics.jsonl, and no token."""
     changes = {"--push_to_hub": None, "--hf_repo_id": "user/policy", "--run_eval": None, "--output_dir": tmp_path}
     with FakeHub() as hub:
         env = {"HF_ENDPOINT": hub.url, "HF_TOKEN": SECRET, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
@@ -221,7 +221,7 @@ def test_uploaded_run(flags, chain, tmp_path):
     assert read_metrics(tmp_path) == read_metrics(chain.out.ppo)  # a command or a fork, it is the same
     files = {path: content for (repo, path), content in hub.files.items() if repo == "user/policy"}
     assert hub.created == ["user/policy"] and hub.tokens - {""} == {SECRET}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md", "args.json", "metrics.jsonl"} <= set(files)
+    assert {"config.json", "model.safetensors", "tokenizer.json", "args.json", "metrics.jsonl"} <= set(files)
     assert files["README.md"].decode().startswith("---\nlibrary_name: transformers\n")
     for name, content in files.items():
         path = tmp_path / "model" / name
@@ -281,12 +281,33 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing(script, flags, ch
 REMOVED = object()
 
 
+def first(run, name):
+    return run.metrics[0][name]
+
+
 def column(run, name):
     return [row[name] for row in run.metrics if name in row]
 
 
-def first(run, name):
-    return run.metrics[0][name]
+def differs(name, but=None):
+    """The first update's metric is another, and that of `but` is the same."""
+    return lambda b, c: first(b, name) != first(c, name) and (but is None or first(b, but) == first(c, but))
+
+
+def rises(name, sign=1):
+    return lambda b, c: sign * first(c, name) > sign * first(b, name)
+
+
+def says(text):
+    return lambda b, c: text in c.out and text not in b.out
+
+
+def in_bf16(name):
+    """Other numbers, but not by much, and what is saved is fp32."""
+    return lambda b, c: (
+        first(b, name) != first(c, name) == pytest.approx(first(b, name), rel=0.2)
+        and {tensor.dtype for tensor in weights(c.output_dir).values()} == {np.dtype("float32")}
+    )
 
 
 def samples(run, split="validation"):
@@ -297,104 +318,80 @@ def checkpoints(run):
     return sorted(int(path.name[-8:]) for path in (run.output_dir / "checkpoints").iterdir())
 
 
-def near(b, c, name):
-    """bf16 differs, but not by much, and what is saved is fp32."""
-    assert first(b, name) != first(c, name) == pytest.approx(first(b, name), rel=0.2)
-    return {tensor.dtype for tensor in weights(c.output_dir).values()} == {np.dtype("float32")}
-
-
-# For each flag: the changed flags, and what holds of the changed run c, compared with the run b of the chain.
+# For each flag: its new value, or several flags; and what holds of that run c, compared with the run b of the chain.
 COMMON = {
-    "exp_name": ({"--exp_name": "named"}, lambda b, c: "named: results" in c.out),
+    "exp_name": ("named", says("named: results")),
     "output_dir": ({}, lambda b, c: c.output_dir != b.output_dir and (c.output_dir / "model").exists()),
-    "resume": ({"--resume": None}, lambda b, c: c.metrics == b.metrics[: len(c.metrics)]),
-    "save_every": ({"--save_every": 2}, lambda b, c: len(checkpoints(c)) > len(checkpoints(b)) == 1 or
-                   checkpoints(c) == [2]),
+    "resume": (None, lambda b, c: c.metrics == b.metrics[: len(c.metrics)]),
+    "save_every": (1, lambda b, c: len(checkpoints(b)) == 1 and len(checkpoints(c)) == 2),
     "keep": ({"--keep": 1, "--save_every": 1}, lambda b, c: checkpoints(c) == checkpoints(b)),
-    "query_dataset": ({"--query_dataset": "OTHER/posts"}, lambda b, c: "26 of 26 rows" in c.out),
-    "lr": ({"--lr": 2e-3}, lambda b, c: column(c, "lr") == [2 * lr for lr in column(b, "lr")]),
-    "warm_up_steps": ({"--warm_up_steps": 1}, lambda b, c: column(c, "lr")[:2] == [0, 1e-3]),
-    "total_episodes": ({"--total_episodes": 30}, lambda b, c: column(c, "episode")[:4] in ([8, 16, 24], [8, 16, 24, 24])),
-    "local_micro_batch_size": ({"--local_micro_batch_size": 2}, lambda b, c: first(c, "episode") == 4),
-    "gradient_accumulation_steps": ({"--gradient_accumulation_steps": 1}, lambda b, c: first(c, "episode") == 4),
-    "run_eval": ({"--run_eval": REMOVED}, lambda b, c: not list(c.output_dir.glob("*_validation*"))),
-    "max_query_response_length": ({"--max_query_response_length": 45}, lambda b, c: "longer than 45 tokens" in c.out),
-}  # fmt: skip
+    "query_dataset": ("OTHER/posts", says("26 of 26 rows")),
+    "max_query_response_length": (45, says("longer than 45 tokens")),
+    "lr": (2e-3, lambda b, c: column(c, "lr") == [2 * lr for lr in column(b, "lr")]),
+    "warm_up_steps": (1, lambda b, c: column(c, "lr")[:2] == [0, 1e-3]),
+    "total_episodes": (30, lambda b, c: sorted(set(column(c, "episode"))) == [8, 16, 24]),
+    "local_micro_batch_size": (2, lambda b, c: first(c, "episode") == 4),
+    "gradient_accumulation_steps": (1, lambda b, c: first(c, "episode") == 4),
+    "run_eval": (REMOVED, lambda b, c: not list(c.output_dir.glob("*_validation*"))),
+}
 SAMPLING = {
-    "max_query_length": ({"--max_query_length": 30},
-                         lambda b, c: samples(c)["query"].str.len().max() < samples(b)["query"].str.len().max()),
-    "max_response_length": ({"--max_response_length": 9}, lambda b, c: "longer than 9 tokens" in c.out),
-    "eval_split": ({"--eval_split": "test"}, lambda b, c: len(samples(c, "test")) == 5),
-    "max_eval_rows": ({"--max_eval_rows": 3}, lambda b, c: len(samples(c)) == 3 == c.summary["eval/rows"]),
-    "local_eval_batch_size": ({"--local_eval_batch_size": 3}, lambda b, c: "4/4" in c.err and "4/4" not in b.err),
-    "response_length": ({"--response_length": 3},
-                        lambda b, c: c.summary["eval/response_length"] <= 3 < b.summary["eval/response_length"]),
-    "eval_temperature": ({"--eval_temperature": 2.0}, lambda b, c: list(samples(b).response) != list(samples(c).response)),
-    "print_samples_every": ({"--print_samples_every": 2}, lambda b, c: c.out.count("reference ") > b.out.count("reference ")),
-}  # fmt: skip
+    "max_query_length": (30, lambda b, c: max(map(len, samples(c)["query"])) < max(map(len, samples(b)["query"]))),
+    "max_response_length": (9, says("longer than 9 tokens")),
+    "response_length": (3, lambda b, c: c.summary["eval/response_length"] <= 3 < b.summary["eval/response_length"]),
+    "eval_split": ("test", lambda b, c: len(samples(c, "test")) == 5),
+    "max_eval_rows": (3, lambda b, c: len(samples(c)) == 3 == c.summary["eval/rows"]),
+    "local_eval_batch_size": (3, lambda b, c: "4/4" in c.err and "4/4" not in b.err),
+    "eval_temperature": (2.0, lambda b, c: list(samples(b).response) != list(samples(c).response)),
+    "print_samples_every": (2, lambda b, c: c.out.count("reference ") > b.out.count("reference ")),
+}
 SFT = COMMON | SAMPLING | {
-    "seed": ({"--seed": 1}, lambda b, c: first(b, "sft/loss") != first(c, "sft/loss")),
-    "bf16": ({"--bf16": None}, lambda b, c: near(b, c, "sft/loss")),
-    "base_model": ({"--base_model": "OTHER/model"}, lambda b, c: first(b, "sft/loss") != first(c, "sft/loss")),
-    "eps": ({"--eps": 1.0}, lambda b, c: first(b, "sft/loss") == first(c, "sft/loss")
-            and column(c, "sft/loss")[-1] > column(b, "sft/loss")[-1]),
-    "num_train_epochs": ({"--num_train_epochs": 2}, lambda b, c: column(c, "epoch")[-1] == 2),
-    "response_loss_only": ({"--response_loss_only": None}, lambda b, c: first(b, "sft/loss") != first(c, "sft/loss")),
+    "seed": (1, differs("sft/loss")),
+    "bf16": (None, in_bf16("sft/loss")),
+    "base_model": ("OTHER/model", differs("sft/loss")),
+    "eps": (1.0, lambda b, c: c.metrics[4]["sft/loss"] > b.metrics[4]["sft/loss"]),
+    "num_train_epochs": (2, lambda b, c: column(c, "epoch")[-1] == 2),
+    "response_loss_only": (None, differs("sft/loss")),
 }  # fmt: skip
 REWARD = COMMON | {
-    "seed": ({"--seed": 1}, lambda b, c: first(b, "rm/loss") != first(c, "rm/loss")),
-    "bf16": ({"--bf16": None}, lambda b, c: near(b, c, "rm/loss")),
-    "sft_model_path": ({"--sft_model_path": "OTHER/model"}, lambda b, c: first(b, "rm/loss") != first(c, "rm/loss")),
-    "reward_model_path": ({"--reward_model_path": "REWARD"}, lambda b, c: first(c, "rm/margin") > first(b, "rm/margin")),
-    "label_dataset": ({"--label_dataset": "OTHER/pairs"}, lambda b, c: "24 of 24 rows" in c.out),
-    "max_query_length": ({"--max_query_length": 30}, lambda b, c: first(b, "rm/loss") != first(c, "rm/loss")),
-    "max_response_length": ({"--max_response_length": 8}, lambda b, c: "longer than 8 tokens" in c.out),
-    "max_cnndm_query_length": ({"--max_cnndm_query_length": 24, "--max_cnndm_query_response_length": 37},
-                               lambda b, c: 0 < c.summary["eval/pairs_cnndm"]),
-    "max_cnndm_response_length": ({"--max_cnndm_response_length": 9}, lambda b, c: "longer than 9 tokens" in c.out),
-    "max_cnndm_query_response_length": ({"--max_cnndm_query_response_length": 35},
-                                        lambda b, c: "longer than 35 tokens" in c.out and c.summary["eval/pairs"] == 12),
-    "eps": ({"--eps": 1.0}, lambda b, c: first(b, "rm/loss") == first(c, "rm/loss")
-            and column(c, "rm/loss")[1] != column(b, "rm/loss")[1]),
-    "num_train_epochs": ({"--num_train_epochs": 2}, lambda b, c: column(c, "epoch")[-1] == 2),
-    "normalization_rows": ({"--normalization_rows": 10}, lambda b, c: c.summary["normalization_rows"] == 10
-                           and c.summary["normalization_offset"] != b.summary["normalization_offset"]),
-    "eval_split": ({"--eval_split": "test"}, lambda b, c: len(pd.read_csv(c.output_dir / "pairs_test.csv")) == 6),
-    "max_eval_rows": ({"--max_eval_rows": 3}, lambda b, c: c.summary["eval/pairs"] == c.summary["eval/pairs_cnndm"] == 3),
-    "local_eval_batch_size": ({"--local_eval_batch_size": 1}, lambda b, c: "44/44" in c.err and "44/44" not in b.err
-                              and c.summary["eval/loss"] == pytest.approx(b.summary["eval/loss"], abs=1e-4)),
+    "seed": (1, differs("rm/loss")),
+    "bf16": (None, in_bf16("rm/loss")),
+    "sft_model_path": ("OTHER/model", differs("rm/loss")),
+    "reward_model_path": (runner.FOLDER / "chain/reward", rises("rm/margin")),
+    "label_dataset": ("OTHER/pairs", says("24 of 24 rows")),
+    "max_query_length": (30, differs("rm/loss")),
+    "max_response_length": (8, says("longer than 8 tokens")),
+    "max_cnndm_query_length": ({"--max_cnndm_query_length": 20, "--max_cnndm_query_response_length": 36},
+                               lambda b, c: c.summary["eval/pairs_cnndm"] == 6),
+    "max_cnndm_response_length": (9, says("longer than 9 tokens")),
+    "max_cnndm_query_response_length": (36, lambda b, c: c.summary["eval/pairs_cnndm"] < 6),
+    "eps": (1.0, lambda b, c: c.metrics[0] == b.metrics[0] and c.metrics[1] != b.metrics[1]),
+    "num_train_epochs": (2, lambda b, c: column(c, "epoch")[-1] == 2),
+    "normalization_rows": (10, says("of 10 reference summaries")),
+    "eval_split": ("test", lambda b, c: len(pd.read_csv(c.output_dir / "pairs_test.csv")) == 6),
+    "max_eval_rows": (3, lambda b, c: c.summary["eval/pairs"] == c.summary["eval/pairs_cnndm"] == 3),
+    "local_eval_batch_size": (1, lambda b, c: "44/44" in c.err and "44/44" not in b.err),
 }  # fmt: skip
 PPO = COMMON | SAMPLING | {
-    "seed": ({"--seed": 1}, lambda b, c: first(b, "objective/entropy") != first(c, "objective/entropy")),
-    "bf16": ({"--bf16": None}, lambda b, c: near(b, c, "policy/entropy_avg") and first(c, "val/ratio_first_dev") == 0),
-    "offload": ({"--offload": None}, lambda b, c: c.metrics == b.metrics
+    "seed": (1, differs("objective/entropy")),
+    "bf16": (None, lambda b, c: in_bf16("policy/entropy_avg")(b, c) and first(c, "val/ratio_first_dev") == 0),
+    "offload": (None, lambda b, c: c.metrics == b.metrics
                 and same_files(b.output_dir, c.output_dir, "model/model.safetensors", "samples_validation.csv")),
-    "sft_model_path": ({"--sft_model_path": "OTHER/model"},
-                       lambda b, c: first(b, "objective/entropy") != first(c, "objective/entropy")),
-    "reward_model_path": ({"--reward_model_path": "OTHER/reward"},
-                          lambda b, c: first(b, "objective/rm_scores") != first(c, "objective/rm_scores")
-                          and first(b, "objective/entropy") == first(c, "objective/entropy")),
-    "num_mini_batches": ({"--num_mini_batches": 2}, lambda b, c: column(c, "episode") == [16, 16]),
-    "local_rollout_forward_batch_size": ({"--local_rollout_forward_batch_size": 3},
-                                         lambda b, c: first(b, "objective/entropy") != first(c, "objective/entropy")),
-    "eps": ({"--eps": 1.0},
-            lambda b, c: first(c, "policy/approxkl_avg") < 0.1 * first(b, "policy/approxkl_avg")),
-    "num_ppo_epochs": ({"--num_ppo_epochs": 1}, lambda b, c: first(c, "val/ratio_var") < 1e-9 < first(b, "val/ratio_var")),
-    "kl_coef": ({"--kl_coef": 0.5}, lambda b, c: c.metrics[1]["objective/non_score_reward"]
+    "sft_model_path": ("OTHER/model", differs("objective/entropy")),
+    "reward_model_path": ("OTHER/reward", differs("objective/rm_scores", but="objective/entropy")),
+    "num_mini_batches": (2, lambda b, c: column(c, "episode") == [16, 16]),
+    "local_rollout_forward_batch_size": (3, differs("objective/entropy")),
+    "eps": (1.0, rises("policy/approxkl_avg", sign=-1)),
+    "num_ppo_epochs": (1, lambda b, c: first(c, "val/ratio_var") < 1e-9 < first(b, "val/ratio_var")),
+    "kl_coef": (0.5, lambda b, c: c.metrics[1]["objective/non_score_reward"]
                 == pytest.approx(-0.5 * c.metrics[1]["objective/kl"], rel=1e-5)),
-    "cliprange": ({"--cliprange": 1e-6}, lambda b, c: first(c, "policy/clipfrac_avg") > first(b, "policy/clipfrac_avg")),
-    "cliprange_value": ({"--cliprange_value": 1e-6}, lambda b, c: first(c, "val/clipfrac_avg") > first(b, "val/clipfrac_avg")),
-    "vf_coef": ({"--vf_coef": 0.0}, lambda b, c: first(c, "loss/value_avg") > first(b, "loss/value_avg")),
-    "gamma": ({"--gamma": 0.5}, lambda b, c: first(c, "loss/value_avg") != first(b, "loss/value_avg")
-              and first(c, "objective/scores") == first(b, "objective/scores")),
-    "lam": ({"--lam": 0.1}, lambda b, c: first(c, "loss/policy_avg") != first(b, "loss/policy_avg")
-            and first(c, "objective/scores") == first(b, "objective/scores")),
-    "whiten_rewards": ({"--whiten_rewards": None}, lambda b, c: first(c, "loss/value_avg") != first(b, "loss/value_avg")
-                       and first(c, "objective/rlhf_reward") == first(b, "objective/rlhf_reward")),
-    "missing_eos_penalty": ({"--missing_eos_penalty": "None"},
-                            lambda b, c: column(c, "objective/scores") == column(c, "objective/rm_scores")),
-    "temperature": ({"--temperature": 1.5},
-                    lambda b, c: first(c, "policy/entropy_avg") > first(b, "policy/entropy_avg")),
+    "cliprange": (1e-6, rises("policy/clipfrac_avg")),
+    "cliprange_value": (1e-6, rises("val/clipfrac_avg")),
+    "vf_coef": (0.0, rises("loss/value_avg")),
+    "gamma": (0.5, differs("loss/value_avg", but="objective/scores")),
+    "lam": (0.1, differs("loss/policy_avg", but="objective/scores")),
+    "whiten_rewards": (None, differs("loss/value_avg", but="objective/rlhf_reward")),
+    "missing_eos_penalty": ("None", lambda b, c: column(c, "objective/scores") == column(c, "objective/rm_scores")),
+    "temperature": (1.5, rises("policy/entropy_avg")),
 }  # fmt: skip
 EFFECTS = {"sft": SFT, "reward": REWARD, "ppo": PPO}
 CASES = [(script, flag) for script in EFFECTS for flag in EFFECTS[script]]
@@ -422,16 +419,17 @@ def changed(flags, chain, world):
 
     def start(case):
         script, flag = case
-        changes = flags[script] | {"--output_dir": runner.FOLDER / "flags" / script / flag} | EFFECTS[script][flag][0]
-        if script != "reward" or "eval" in flag or "cnndm" in flag:  # whose evaluation takes longer than the training
-            changes = {"--run_eval": None} | changes
+        changes = EFFECTS[script][flag][0]
+        changes = changes if isinstance(changes, dict) else {f"--{flag}": changes}
+        out = runner.FOLDER / "flags" / script / flag
+        # The reward model's evaluation takes longer than its training.
+        evaluated = {"--run_eval": None} if script != "reward" or "eval" in flag or "cnndm" in flag else {}
+        changes = flags[script] | evaluated | {"--output_dir": out} | changes
         for name, value in changes.items():
-            if isinstance(value, str) and value.startswith("OTHER"):
+            if str(value).startswith("OTHER/"):
                 changes[name] = other / value.removeprefix("OTHER/")
-            if value == "REWARD":
-                changes[name] = chain.out.reward
         run = Run(script, {name: value for name, value in changes.items() if value is not REMOVED})
-        run.output_dir = changes["--output_dir"]
+        run.output_dir = out
         return run
 
     return ahead(start, CASES)

@@ -1,6 +1,6 @@
 """
-benchmark/slurm, without Slurm: its commands run with the scheduler's variables set by hand, and with stand-ins for srun,
-scancel, scontrol, squeue and sbatch that write down their calls and act on this machine; "nodes" are processes here.
+benchmark/slurm, without Slurm: its commands run with the scheduler's variables set by hand, and with stand-ins for
+srun, scancel, scontrol, squeue and sbatch that write down their calls and act here; "nodes" are processes.
 """
 
 import hashlib
@@ -35,8 +35,8 @@ SLURM = {
     "squeue": 'echo "${JOB_STATE:-RUNNING}"',
     "sbatch": 'echo "$((100 + $(grep -c ^sbatch "$CALLS")));a-cluster"',
 }
-# A launcher with one process that ends at SIGTERM as the scripts do, or after SECONDS_TO_RUN. Like accelerate's, it does not
-# pass on which exit code it was.
+# A launcher with one process that ends at SIGTERM as the scripts do, or after SECONDS_TO_RUN. Like accelerate's, it
+# does not pass on which exit code it was.
 LAUNCHER = """
     trap 'echo "signal to the launcher" >> "$CALLS"; exit 1' TERM
     python3 -c "
@@ -81,11 +81,13 @@ class Cluster:
         """stage.sbatch, as Slurm starts it: a copy of it, from elsewhere."""
         spooled = shutil.copy(ROOT / "benchmark/slurm/stage.sbatch", self.folder / "slurm_script")
         env = runner.ENV | self.env | {name: str(value) for name, value in env.items()}
-        with open(self.folder / "log", "a") as log, started(["bash", spooled, *runner.words(words)], env=env, stdout=log, stderr=log) as job:
-            yield job
+        with open(self.folder / "log", "a") as log:
+            with started(["bash", spooled, *runner.words(words)], env=env, stdout=log, stderr=log) as job:
+                yield job
 
     def run(self, *words, **env):
-        with started(["bash", *words], env=runner.ENV | self.env | env, cwd=self.folder, text=True, stderr=-1) as process:
+        options = dict(env=runner.ENV | self.env | env, cwd=self.folder, text=True, stderr=-1)
+        with started(["bash", *words], **options) as process:
             err = process.communicate(timeout=300)[1]
         return SimpleNamespace(code=process.returncode, err=err)
 
@@ -110,7 +112,7 @@ def cluster(tmp_path):
 
 
 def test_stop_requeue_and_continue(cluster, flags):
-    """Told to stop in the middle of an array task on two processes, a stage saves and is requeued; run again, it continues."""
+    """Told to stop in the middle of an array task, a stage saves and is requeued; run again, it continues."""
     out = cluster.folder / "out-66613"
     changes = {"--save_every": 0, "--total_episodes": 800, "--local_micro_batch_size": 2}
     words = ("sft.py", flags["sft"] | changes, "--seed", "{seed}", "--output_dir", cluster.folder / "out-{seed}")
@@ -132,7 +134,7 @@ def test_stop_requeue_and_continue(cluster, flags):
     assert record["args"]["seed"] == 66613 and record["launch"].startswith("2 x") and cluster.requeued() == ["500_2"]
 
 
-# What the batch script decides: told to stop on the batch shell or on the nodes, and the environment -> exit code, requeued.
+# Told to stop on the batch shell or on the nodes, and the environment -> the exit code, and whether it is requeued.
 STOPS = {
     "time limit": ("batch", {}, 143, True),
     "preemption": ("nodes", {}, 143, True),
@@ -192,8 +194,8 @@ def parse(call, gpus):
     return args
 
 
-@pytest.mark.parametrize("size, micro, rollout", [("1b", (16, 8, 16), 64), ("2.8b", (4, 4, 4), 32), ("6.9b", (1, 1, 1), 4)])
-def test_chain(cluster, size, micro, rollout):
+@pytest.mark.parametrize("size, micro", [("1b", (16, 8, 16, 64)), ("2.8b", (4, 4, 4, 32)), ("6.9b", (1, 1, 1, 4))])
+def test_chain(cluster, size, micro):
     """The paper's batches and, on eight GPUs, its micro-batches; each stage waits for the one before."""
     assert cluster.run("benchmark/slurm/chain.sh", size, "55513").code == 0
     calls = cluster.calls("sbatch")
@@ -206,8 +208,8 @@ def test_chain(cluster, size, micro, rollout):
     assert stages[0].base_model == f"EleutherAI/pythia-{size}-deduped"
     assert stages[1].sft_model_path == stages[2].sft_model_path == f"{out}/sft"
     assert stages[2].reward_model_path == f"{out}/reward" and stages[2].offload == (size == "6.9b")
-    assert tuple(args.local_micro_batch_size for args in stages) == micro
-    assert stages[2].local_rollout_forward_batch_size == rollout
+    rollout = stages[2].local_rollout_forward_batch_size
+    assert (*[args.local_micro_batch_size for args in stages], rollout) == micro
     assert cluster.run("benchmark/slurm/chain.sh", size, "55513", NODES="4").code == 0
     assert all(parse(call, 32) for call in cluster.calls("sbatch")[3:])
 
