@@ -2,7 +2,7 @@
 For all tests: the scripts as modules, a small data set in the schema of the real ones, small random models with a
 tokenizer of their own, and main() of a script within this process.
 
-SCRIPT=my_ppo.py tests a changed copy instead of ppo.py; a copy of sft.py or reward.py has that word in its name.
+SCRIPT=my_ppo.py tests a changed copy instead of ppo.py; a copy of sft.py or reward.py is known by its header's first word.
 """
 
 import contextlib
@@ -48,8 +48,10 @@ def load_script(name):
     """A script of the project, or the copy of it that SCRIPT names, as a module."""
     path = ROOT / f"{name}.py"
     copy = os.environ.get("SCRIPT")
-    if copy and name == next((word for word in ("sft", "reward") if word in Path(copy).name), "ppo"):
-        path = Path(copy).resolve()
+    if copy:
+        header = Path(copy).read_text(encoding="utf-8").lstrip('"\n')
+        original = next((other for other in ("sft", "reward") if header.startswith(f"{other}.py")), "ppo")
+        path = Path(copy).resolve() if original == name else path
     spec = importlib.util.spec_from_file_location(name, path)
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
