@@ -7,33 +7,32 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class FakeHub:
-    """A server for a `with` block: `files` by repository and path, `created` repositories, `tokens` and `cards` that came."""
+    """A server for a `with` block: `files` by repository and path, `created` repositories, the `tokens` that came."""
 
     def __init__(self):
-        self.files, self.created, self.tokens, self.cards = {}, [], set(), []
+        self.files = {}
+        self.created = []
+        self.tokens = set()
 
     def __enter__(self):
-        hub = self
-
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            hub = self
 
             def log_message(self, *_):
                 pass
 
             def do_GET(self):
-                hub.answer(self, b"")
+                self.hub.answer(self, b"")
 
             def do_POST(self):
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 if self.headers.get("Transfer-Encoding") == "chunked":
-                    body = b""
                     while size := int(self.rfile.readline(), 16):
                         body += self.rfile.read(size)
                         self.rfile.readline()
                     self.rfile.readline()
-                else:
-                    body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                hub.answer(self, body)
+                self.hub.answer(self, body)
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -47,31 +46,23 @@ class FakeHub:
     def answer(self, handler, body):
         self.tokens.add((handler.headers.get("Authorization") or "").removeprefix("Bearer "))
         path = handler.path.partition("?")[0]
-        status, reply = 200, {}
+        repo = path.removeprefix("/api/models/").removesuffix("/commit/main").partition("/revision")[0]
+        lines = [json.loads(line) for line in body.decode().splitlines()]
+        status, reply = 200, {"warnings": [], "errors": []}  # to /api/validate-yaml: the header of README.md
         if path == "/api/repos/create":
-            wanted = json.loads(body)
-            name = f"{wanted['organization']}/{wanted['name']}" if wanted.get("organization") else wanted["name"]
+            name = "/".join(filter(None, [lines[0].get("organization"), lines[0]["name"]]))
             self.created.append(name)
             reply = {"url": f"{self.url}/{name}", "name": name, "id": name}
         elif path.endswith("/preupload/main"):
-            files = json.loads(body)["files"]
-            reply = {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
+            names = [file["path"] for file in lines[0]["files"]]
+            reply = {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]}
         elif path.endswith("/commit/main"):
-            repo = path.removeprefix("/api/models/").removesuffix("/commit/main")
-            for line in body.decode().splitlines():
-                operation = json.loads(line)
-                if operation["key"] == "file":
-                    value = operation["value"]
-                    assert value["encoding"] == "base64"
-                    self.files[repo, value["path"]] = base64.b64decode(value["content"])
+            files = [line["value"] for line in lines if line["key"] == "file"]
+            self.files |= {(repo, file["path"]): base64.b64decode(file["content"]) for file in files}
             reply = {"success": True, "commitOid": "0" * 40, "commitUrl": f"{self.url}/{repo}/commit/{'0' * 40}"}
-        elif path == "/api/validate-yaml":  # asked before a README.md is uploaded: is its header well-formed?
-            self.cards.append(json.loads(body)["content"])
-            reply = {"warnings": [], "errors": []}
         elif handler.command == "GET" and path.startswith("/api/models/"):
-            repo = path.removeprefix("/api/models/").partition("/revision")[0]
             reply = {"_id": "0" * 24, "id": repo, "sha": "0" * 40, "siblings": [], "private": False}
-        else:
+        elif path != "/api/validate-yaml":
             status = 404
         raw = json.dumps(reply).encode()
         handler.send_response(status)

