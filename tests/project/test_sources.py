@@ -72,7 +72,6 @@ def test_no_code_of_others_runs():
 
 
 def test_no_places_of_one_machine():
-    """No paths of one machine, and no addresses but a few."""
     for path in project_files():
         text = path.read_text(encoding="utf-8", errors="replace")
         found = re.findall(r"(?<![\w./~$}])/(?:work|home|root|mnt|Users)/\w+", text)

@@ -49,12 +49,12 @@ def timed(folder):
 def test_throughput_times_updates(timed):
     [result] = timed
     assert result["precision"] == "fp32" and 200 < result["query_tokens"] < 450
-    [timed] = result["pairs"]
-    seconds = [update["seconds"] for update in timed["ours_updates"]]
-    assert len(seconds) == 2 and timed["ours_seconds"] == statistics.median(seconds)
-    assert timed["ours"] == 4 / timed["ours_seconds"] == result["median"]["ours"]
-    assert 0 < timed["ours_time/rollout"] + timed["ours_time/train"] < 2 * timed["ours_seconds"]
-    assert timed["ours_cpu"] > 0 and 0.1 < timed["ours_gib"] < 4
+    [pair] = result["pairs"]
+    seconds = [update["seconds"] for update in pair["ours_updates"]]
+    assert len(seconds) == 2 and pair["ours_seconds"] == statistics.median(seconds)
+    assert pair["ours"] == 4 / pair["ours_seconds"] == result["median"]["ours"]
+    assert 0 < pair["ours_time/rollout"] + pair["ours_time/train"] < 2 * pair["ours_seconds"]
+    assert pair["ours_cpu"] > 0 and 0.1 < pair["ours_gib"] < 4
 
 
 def test_an_earlier_commit_is_timed_by_its_own_script(tmp_path):
@@ -121,7 +121,6 @@ def test_published_tables_and_pictures_are_those_of_the_raw_figures(name, tmp_pa
 def test_speed_table_and_chart(tmp_path):
     peers = read_json(RESULTS / "peers.json")
     speed.draw(peers, tmp_path / "speed.png")
-    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
     for entry, line in zip(peers, speed.table(peers).splitlines()[2:], strict=True):
         ratios = [pair["ours"] / pair["trl"] for pair in entry["pairs"]]
         figures = f"| {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}, n = {len(ratios)}) |"

@@ -148,7 +148,6 @@ def test_references_and_labels_are_as_noisy_as_stated(world):
     assert shares == sorted(shares) and shares[3] > shares[0] + 0.2
     stated = json.loads((world / "tiny_env.json").read_text())["train"]
     assert stated["label_gold_agreement"] == round(mean(agree), 4)
-    assert stated["reference_gold"] == round(mean(by_kind["vague"] + by_kind["thorough"]), 4)
 
 
 def test_harder_worlds():
@@ -234,5 +233,3 @@ def test_gold_scores_of_a_rollout(world, monkeypatch):
     won = mean([(a > b) + 0.5 * (a == b) for a, b in zip(scores, references)])
     assert metrics["objective/gold_win_rate"] == pytest.approx(won)
     assert metrics["objective/kl"] == 0.5 and 0 < metrics["objective/invented_share"] < 1
-    with pytest.raises(SystemExit):
-        ppo.rollout_metrics(None, {"queries": ["SUBREDDIT: r/other"], "responses": [""]}, 0)

@@ -27,12 +27,14 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from benchmark.systems.processes import started  # noqa: E402
 
-FOLDER = Path(tempfile.mkdtemp(prefix="tests-scripts-"))  # removed at the end of the session
+# Removed at the end of the session; the server has that of the process which started it.
+FOLDER = Path(os.environ.get("TESTS_SCRIPTS") or tempfile.mkdtemp(prefix="tests-scripts-"))
 # Nothing of the user's is read or written, and no network is used. The models are tiny: more threads would only wait
 # for one another.
 ENV = {name: value for name, value in os.environ.items() if name.split("_")[0] not in ("ACCELERATE", "HF", "WANDB")}
 ENV |= {"HOME": str(FOLDER), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-ENV |= {"DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])}
+ENV |= {"TESTS_SCRIPTS": str(FOLDER), "DS_ACCELERATOR": "cpu"}
+ENV |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])}
 # What a launcher tells its processes with benchmark/accelerate/cpu_ddp.yaml and cpu_zero2.yaml.
 ZERO2 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
 ENGINES = {
