@@ -124,23 +124,21 @@ def test_every_metric_is_explained():
 
 def test_figures_in_tables_are_those_of_the_results():
     """
-    A row that names files of results/, or else all rows of a table whose last line of text above it does: each figure
+    A row that names files of results/, or all rows of a table of which the paragraph before or after does: each figure
     with a decimal point is in these files, rounded, as it is, in percent, or in thousandths.
     """
     checked = 0
     for page in (*PAGES, "benchmark/results/README.md"):
-        above = ""
-        for line in (ROOT / page).read_text(encoding="utf-8").splitlines():
-            if not line.startswith("|"):
-                above = line or above
-                continue
-            names = re.findall(r"([\w-]+\.json)\b", line) or re.findall(r"([\w-]+\.json)\b", above)
-            files = [RESULTS / name for name in names if (RESULTS / name).exists()]
-            text = " ".join(path.read_text() for path in files)
-            known = [float(number) for number in re.findall(r"\d+(?:\.\d+)?(?:e-?\d+)?", text)]
-            for figure in re.findall(r"(?<![\w.])\d+\.\d+(?![\w.]*\d)", line) if files else []:
-                half = 0.5001 * 10.0 ** -len(figure.partition(".")[2])
-                off = [abs(number * scale - float(figure)) for number in known for scale in (1, 100, 1000)]
-                assert min(off) <= half, f"{page}: {figure} is not in {', '.join(names)}: {line}"
-                checked += 1
+        text = re.sub("^```.*\n", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.M)
+        parts = ["", *re.split(r"\n\s*\n", text), ""]
+        for before, part, after in zip(parts, parts[1:], parts[2:]):
+            for line in re.findall(r"^\|.*", part, re.M):
+                names = re.findall(r"([\w-]+\.json)\b", line) or re.findall(r"([\w-]+\.json)\b", f"{before} {after}")
+                raw = " ".join((RESULTS / name).read_text() for name in names if (RESULTS / name).exists())
+                known = [float(number) for number in re.findall(r"\d+(?:\.\d+)?(?:e-?\d+)?", raw)]
+                for figure in re.findall(r"(?<![\w.])\d+\.\d+(?![\w.]*\d)", line) if raw else []:
+                    half = 0.5001 * 10.0 ** -len(figure.partition(".")[2])
+                    off = [abs(number * scale - float(figure)) for number in known for scale in (1, 100, 1000)]
+                    assert min(off) <= half, f"{page}: {figure} is not in {', '.join(names)}: {line}"
+                    checked += 1
     assert checked > 10
