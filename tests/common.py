@@ -2,7 +2,7 @@
 For all tests: the scripts as modules, a small data set in the schema of the real ones, small random models with a
 tokenizer of their own, and main() of a script within this process.
 
-SCRIPT=my_ppo.py tests a changed copy instead of ppo.py. A copy of sft.py or reward.py has that name first in its header.
+SCRIPT=my_ppo.py tests a changed copy instead of ppo.py. A copy of sft.py or reward.py has that name first in its text.
 """
 
 import contextlib
