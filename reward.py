@@ -381,7 +381,7 @@ def load_config(path: str, flag: str, positions: int):
     # Detail 7 (dropout off): with dropout, every forward pass gives other logprobs: the KL penalty is noise and PPO's
     # first ratios are not 1. Set in the config, since GPT-NeoX's attention reads it from there, not from nn.Dropout.
     for name, value in config.to_dict().items():
-        if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, (int, float)):
+        if ("dropout" in name or name.endswith(("pdrop", "jitter_noise"))) and isinstance(value, (int, float)):
             setattr(config, name, 0.0)
     return config
 

@@ -27,7 +27,7 @@ FAMILIES = {
     **dict.fromkeys(("gpt_neox", "phi", "phi3", "falcon", "persimmon"), H),
     **dict.fromkeys(("llama", "qwen2", "qwen3", "gemma", "stablelm", "olmo", "olmo2", "starcoder2", "smollm3"), G),
     **dict.fromkeys(("mistral", "gemma2", "gemma3_text"), G | dict(sliding_window=16)),
-    "mixtral": G | MOE,
+    "mixtral": G | MOE | dict(router_jitter_noise=0.1),
     "qwen2_moe": G | MOE | dict(moe_intermediate_size=16, shared_expert_intermediate_size=16),
     **dict.fromkeys(("gpt2", "gpt_bigcode"), N),
     "gptj": N | dict(rotary_dim=4),
@@ -362,7 +362,7 @@ def tokenizer_with_late_eos():
     return tokenizer
 
 
-BERT = AutoConfig.for_model("bert", vocab_size=400, initializer_range=0.2, **H)
+BERT = AutoConfig.for_model("bert", vocab_size=400, **H)
 COHERE = AutoConfig.for_model("cohere", vocab_size=400, **G)
 T5 = T5Config(vocab_size=400, d_model=32, d_ff=64, num_layers=1, num_heads=4)
 FP8 = {"quant_method": "fp8", "weight_block_size": [16, 16]}
