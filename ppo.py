@@ -40,7 +40,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from bisect import bisect_right
@@ -63,11 +62,10 @@ import wandb
 from accelerate import Accelerator, DistributedType, PartialState, load_checkpoint_in_model
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from datasets import load_dataset, load_from_disk
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from huggingface_hub import HfApi, ModelCardData, snapshot_download
 from pyarrow.parquet import ParquetFile
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.benchmark import Timer
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers import GenerationConfig
@@ -82,7 +80,7 @@ class Args:
     resume: bool = False  # continue the run in --output_dir from its newest checkpoint, if there is one
     save_every: int = 100  # updates between checkpoints; 0: only when a signal stops the run
     keep: int = 2  # number of checkpoints to keep: the newest ones
-    bf16: bool = False  # compute in bfloat16, with fp32 parameters (Detail 8); the launcher must do the same
+    bf16: bool = False  # compute in bfloat16, with fp32 parameters (Detail 8); decides, whatever the launcher says
     offload: bool = False  # keep reference policy and reward model in CPU memory while they are not used (Detail 8)
     # ---- Models and data ----
     sft_model_path: str = "models/sft"  # initial policy, and reference: an output folder of sft.py, or a model
@@ -102,7 +100,6 @@ class Args:
     # ---- PPO ----
     lr: float = 3e-6  # peak learning rate of AdamW, linearly annealed to 0
     eps: float = 1e-5  # epsilon of AdamW
-    warm_up_steps: int = 0  # updates of linear warm-up from 0
     num_ppo_epochs: int = 4  # passes over each batch of samples
     kl_coef: float = 0.05  # beta, the KL penalty coefficient
     cliprange: float = 0.2  # clipping of the probability ratio in the policy loss: 1 +- this
@@ -130,13 +127,10 @@ class Args:
     hf_repo_id: Optional[str] = None  # repository (user/name) for --push_to_hub
 
 
-PAPER_BATCH_SIZE = 512
 # Flags that --resume may change. All others, and the batch size, decide what a run computes.
 MAY_CHANGE = """exp_name output_dir resume save_every keep offload local_micro_batch_size gradient_accumulation_steps
     local_rollout_forward_batch_size gradient_checkpointing run_eval eval_split max_eval_rows local_eval_batch_size
     eval_temperature print_samples_every track wandb_project_name wandb_entity push_to_hub hf_repo_id""".split()
-CARD_TASK = "text-generation"
-CARD_TEXT = "Writes TL;DR summaries, trained by ppo.py: RLHF with PPO as in arXiv 2403.17031."
 INVALID_LOGPROB = 1.0  # filler after the end of a response: no logprob is positive, and in a ratio fillers cancel
 
 
@@ -149,16 +143,16 @@ class Networks:
 
 
 # ---- The algorithm: training loop ------------------------------------------------------------------------------------
-def train(args, accelerator: Accelerator, nets: Networks, optimizer, posts: list, batch_size: int, updates, signals):
+def train(args, accelerator: Accelerator, nets: Networks, optimizer, posts: list, batch_size: int, updates: range):
     """The training loop: rollout, advantages, PPO epochs; one line of metrics.jsonl per update."""
     local_batch_size = batch_size // accelerator.num_processes
     num_updates = updates.stop
     started = time.time()
     progress = dict(desc="PPO", initial=updates.start, total=num_updates, disable=not accelerator.is_main_process)
     for update in tqdm(updates, **progress):
-        # Detail L (annealing): the learning rate is set by hand before every update, linearly annealed to 0. A resumed
-        # run needs no scheduler state.
-        lr = args.lr * lr_lambda(update, num_updates, args.warm_up_steps)
+        # Detail L (annealing): the learning rate is linearly annealed to 0. It is set by hand before every update, so a
+        # resumed run needs no scheduler state.
+        lr = args.lr * (1.0 - update / num_updates)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
@@ -186,14 +180,7 @@ def train(args, accelerator: Accelerator, nets: Networks, optimizer, posts: list
             if args.print_samples_every and (update + 1) % args.print_samples_every == 0:
                 texts = nets.tokenizer.batch_decode(batch["responses"][:2], skip_special_tokens=True)
                 show_samples([posts[i] | {"response": text} for i, text in zip(rows, texts)])
-        save_or_stop(args, accelerator, update + 1, num_updates, signals)
-
-
-def lr_lambda(update: int, num_updates: int, warm_up_steps: int) -> float:
-    """Learning rate of update 0, 1, ... as a share of its peak: linear warm-up, then linearly annealed to 0."""
-    if update < warm_up_steps:
-        return update / warm_up_steps
-    return 1.0 - (update - warm_up_steps) / max(1, num_updates - warm_up_steps)
+        save_or_stop(args, accelerator, update + 1, num_updates)
 
 
 # ---- The algorithm: rollout ------------------------------------------------------------------------------------------
@@ -207,12 +194,12 @@ def rollout(args, accelerator: Accelerator, nets: Networks, query_tokens: list, 
     """
     pad = nets.tokenizer.pad_token_id
     seed_everything(args.seed, accelerator.process_index, update)
-    size = args.local_rollout_forward_batch_size
+    nets.model.eval()  # in training mode, gradient checkpointing disables the KV cache
     policy = accelerator.unwrap_model(nets.model).policy
-    sampled = sample_responses(args, accelerator, policy, nets.tokenizer, query_tokens, args.temperature, size)
-    queries, responses = sampled
-    queries = accelerator.pad_across_processes(queries, dim=1, pad_index=pad, pad_first=True)
-    batch = {"queries": accelerator.gather(queries), "responses": accelerator.gather(responses)}
+    size = args.local_rollout_forward_batch_size
+    batch = sample_responses(args, accelerator, policy, nets.tokenizer, query_tokens, args.temperature, size)
+    batch["queries"] = accelerator.pad_across_processes(batch["queries"], dim=1, pad_index=pad, pad_first=True)
+    batch = accelerator.gather(batch)
     batch |= response_masks(batch["responses"], pad)
     batch["row_lengths"] = ((batch["queries"] != pad).sum(1) + (batch["responses"] != pad).sum(1)).cpu().numpy()  # (B,)
 
@@ -223,7 +210,8 @@ def rollout(args, accelerator: Accelerator, nets: Networks, query_tokens: list, 
     scored = []
     for minibatch in draw_minibatches(args, batch, update, epoch=0):
         for rows in micro_batches(args, accelerator, minibatch, batch["row_lengths"]):
-            scored.append(score(args, accelerator, nets, batch["queries"][rows], batch["responses"][rows]))
+            found = score(accelerator, nets, batch["queries"][rows], batch["responses"][rows], args.temperature)
+            scored.append(found)
             rows_done.extend(rows)
     move_frozen(args, accelerator, nets, "cpu")
     # Back to the order of the batch.
@@ -237,9 +225,8 @@ def rollout(args, accelerator: Accelerator, nets: Networks, query_tokens: list, 
 
 
 @torch.no_grad()
-def sample_responses(args, accelerator, policy, tokenizer, query_tokens: list, temperature: float, size: int):
+def sample_responses(args, accelerator, policy, tokenizer, query_tokens: list, temperature: float, size: int) -> dict:
     """Sample a response to each query, `size` at a time: left-padded queries (B, Q), right-padded responses (B, R)."""
-    policy.eval()  # in training mode, gradient checkpointing disables the KV cache
     config = GenerationConfig(  # what is not stated here, `generate` takes from the model's own generation config
         do_sample=True,
         temperature=temperature + 1e-7,
@@ -262,7 +249,8 @@ def sample_responses(args, accelerator, policy, tokenizer, query_tokens: list, t
             output = policy.generate(queries, attention_mask=mask, generation_config=config)  # (B, Q + up to R)
         missing = queries.shape[1] + args.response_length - output.shape[1]  # if all responses have ended early
         responses.append(F.pad(output, (0, missing), value=tokenizer.pad_token_id)[:, queries.shape[1] :])
-    return pad_rows(query_tokens, tokenizer.pad_token_id, "left", accelerator.device), torch.cat(responses)
+    queries = pad_rows(query_tokens, tokenizer.pad_token_id, "left", accelerator.device)
+    return {"queries": queries, "responses": torch.cat(responses)}
 
 
 def response_masks(responses: torch.Tensor, pad_token_id: int) -> dict:
@@ -281,7 +269,7 @@ def response_masks(responses: torch.Tensor, pad_token_id: int) -> dict:
 
 
 @torch.no_grad()
-def score(args, accelerator: Accelerator, nets: Networks, queries: torch.Tensor, responses: torch.Tensor) -> dict:
+def score(accelerator: Accelerator, nets: Networks, queries, responses, temperature: float) -> dict:
     """
     What the four networks say of queries (B, Q) and responses (B, R): logprobs and ref_logprobs (B, R),
     INVALID_LOGPROB after the end; values (B, R), 0 from two after the last token on; rm_scores (B,).
@@ -291,8 +279,8 @@ def score(args, accelerator: Accelerator, nets: Networks, queries: torch.Tensor,
     with accelerator.autocast():
         # Detail P (old logprobs): from a full forward pass, as in training. Sampling with a KV cache rounds
         # differently, and in bf16 the first ratios would be off 1 by several percent.
-        logprobs, _, values = accelerator.unwrap_model(nets.model)(queries, responses, args.temperature)
-        ref_logprobs, _ = response_logprobs(nets.reference, token_ids, positions, responses, pad, args.temperature)
+        logprobs, _, values = accelerator.unwrap_model(nets.model)(queries, responses, temperature)
+        ref_logprobs, _ = response_logprobs(nets.reference, token_ids, positions, responses, pad, temperature)
         rm_scores = nets.reward_model(token_ids, last_token_idx(token_ids, pad)).squeeze(1)
     # Detail V (values before truncation): the published code reads the values of the sequence as sampled. The model is
     # causal and the last value used is that at EOS, so the values of the truncated sequence are the same.
@@ -419,7 +407,7 @@ def gae(rewards: torch.Tensor, values: torch.Tensor, gamma: float, lam: float):
 # ---- The algorithm: PPO update ---------------------------------------------------------------------------------------
 def ppo_update(args, accelerator: Accelerator, model, optimizer, batch: dict, update: int) -> dict:
     """All epochs and minibatches of PPO on one global batch. Returns the statistics of the update as floats."""
-    model.train()  # for gradient checkpointing; there is no dropout (Detail 7)
+    model.train()  # there is no dropout (Detail 7), but gradient checkpointing works in this mode only
     steps = []  # the statistics of each optimizer step
     grad_norms = []
     first_deviation = torch.zeros((), device=accelerator.device)
@@ -451,7 +439,6 @@ def ppo_update(args, accelerator: Accelerator, model, optimizer, batch: dict, up
     table = accelerator.reduce(torch.stack(steps), "sum").cpu()  # (optimizer steps, statistics)
     metrics = dict(zip(sums, table.mean(0).tolist()))
     metrics["val/ratio_var"] = max(0.0, metrics.pop("ratio_squared") - metrics["val/ratio"] ** 2)
-    metrics["val/ratio_first"] = table[0, list(sums).index("val/ratio")].item()
     metrics["val/ratio_first_dev"] = accelerator.gather(first_deviation[None]).max().item()
     return metrics | {"grad_norm": float(np.mean(grad_norms))}
 
@@ -572,41 +559,39 @@ def model_folder(path: str) -> str:
     return f"{path}/model" if os.path.exists(f"{path}/model/config.json") else path
 
 
-def load_config(path: str, flag: str, positions: int):
-    """The config of a model folder or hub id, with dropout off; refused if it has fewer positions."""
-    with explain(f"{flag} {path}: no model folder, and not on the hub"):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    limit = getattr(config, "max_position_embeddings", None) or math.inf
-    if config.is_encoder_decoder:
-        fail(f"{flag} {path}: an encoder-decoder model; needed is a decoder-only one")
-    if hasattr(config, "quantization_config") or os.path.exists(f"{path}/adapter_config.json"):
-        fail(f"{flag} {path}: quantized, or an adapter: dequantize it, or merge it into its base model, first")
-    if positions > limit:
-        fail(f"{flag} {path}: the length flags need {positions} positions, the model has {limit}: lower them")
-    config._attn_implementation = None  # whatever the file says, transformers chooses the attention kernel
-    # Detail 7 (dropout off): with dropout, every forward pass gives other logprobs: the KL penalty is noise and PPO's
-    # first ratios are not 1. Set in the config, since GPT-NeoX's attention reads it from there, not from nn.Dropout.
-    for name, value in config.to_dict().items():
-        if ("dropout" in name or name.endswith(("pdrop", "jitter_noise"))) and isinstance(value, (int, float)):
-            setattr(config, name, 0.0)
-    return config
-
-
-def load_model(model_class, path: str, config, tokenizer, flag: str, new: tuple = ()):
-    """A model in fp32 with a row for every token id, and the names of unexpected weights; only `new` may be missing."""
-    # Detail 8 (fp32 masters): Pythia's checkpoints are fp16, in which most updates at lr 3e-6 are rounded away. bf16 is
-    # for the computation only (autocast, or DeepSpeed's).
-    options = dict(dtype=torch.float32, trust_remote_code=False, output_loading_info=True)
+def load_model(model_class, path: str, tokenizer, positions: int, flag: str, new_head: bool = False):
+    """A model in fp32, without dropout, with a row for every token id; and the names of weights it has no place for."""
     with explain(f"{flag} {path}: cannot be loaded as {model_class.__name__}"):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config._attn_implementation = None  # whatever the file says, transformers chooses the attention kernel
+        # Detail 7 (dropout off): with dropout, every forward pass gives other logprobs: the KL penalty is noise and
+        # PPO's first ratios are not 1. Set in the config, from which GPT-NeoX's attention reads it.
+        for name, value in config.to_dict().items():
+            if ("dropout" in name or name.endswith(("pdrop", "jitter_noise"))) and isinstance(value, (int, float)):
+                setattr(config, name, 0.0)
+        if new_head:
+            config.num_labels = 1
+        # Detail 8 (fp32 masters): Pythia's checkpoints are fp16, in which most updates at lr 3e-6 are rounded away.
+        # bf16 is for the computation only (autocast, or DeepSpeed's).
+        options = dict(dtype=torch.float32, trust_remote_code=False, output_loading_info=True)
         model, info = model_class.from_pretrained(path, config=config, **options)
     body = model.base_model_prefix
     misfits = {name for name in info["unexpected_keys"] if name.startswith(body) and name.endswith("weight")}
-    misfits |= info["missing_keys"] - set(new)
-    if misfits:
-        fail(f"{flag} {path}: weights and config do not fit {model_class.__name__}: {min(misfits)}")
+    misfits |= info["missing_keys"] - ({"score.weight"} if new_head else set())
     rows = model.get_input_embeddings().num_embeddings
-    if tokenizer.eos_token_id >= rows or len(tokenizer) > 1.1 * rows:
-        fail(f"{flag} {path}: {rows} embedding rows do not belong to a tokenizer of {len(tokenizer)} ids")
+    other_tokenizer = tokenizer.eos_token_id >= rows or len(tokenizer) > 1.1 * rows
+    limit = getattr(config, "max_position_embeddings", None) or math.inf
+    problems = {
+        "an encoder-decoder model; needed is a decoder-only one": config.is_encoder_decoder,
+        "quantized: dequantize it first": hasattr(config, "quantization_config"),
+        "an adapter: merge it into its base model first": os.path.exists(f"{path}/adapter_config.json"),
+        f"weights and config do not fit: {min(misfits, default='')}": misfits,
+        f"{rows} embedding rows do not belong to a tokenizer of {len(tokenizer)} ids": other_tokenizer,
+        f"the length flags need {positions} positions, the model has {limit}: lower them": positions > limit,
+    }
+    for problem, found in problems.items():
+        if found:
+            fail(f"{flag} {path}: {problem}")
     if len(tokenizer) > rows:  # Pythia has spare rows for [PAD]; others get one, the mean of the rest, never read
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         for layer in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:  # may be tied, or one
@@ -616,31 +601,32 @@ def load_model(model_class, path: str, config, tokenizer, flag: str, new: tuple 
     return model, info["unexpected_keys"]
 
 
-def load_causal_lm(path: str, config, tokenizer, flag: str):
+def load_causal_lm(path: str, tokenizer, positions: int, flag: str):
     """A causal language model in fp32."""
-    model, _ = load_model(AutoModelForCausalLM, path, config, tokenizer, flag)
+    model, _ = load_model(AutoModelForCausalLM, path, tokenizer, positions, flag)
     # For plain `generate`; what the base model brought (a top_k, say) is dropped.
     ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.generation_config = GenerationConfig(**ids)
-    # The scripts pad on the right and pass no attention mask: what looks to the right cannot work.
+    # The scripts pad on the right and pass no attention mask: a model that looks to the right cannot work.
     token_ids = torch.arange(8)[None] % tokenizer.vocab_size
     keep = token_ids < 4
-    with torch.no_grad():
+    with torch.no_grad(), explain(f"{flag} {path}: {type(model).__name__} does not know logits_to_keep"):
         logits = model.eval()(input_ids=token_ids, logits_to_keep=keep).logits
-        shorter = model(input_ids=token_ids[:, :4], logits_to_keep=keep[:, :4]).logits
-    if logits.shape != shorter.shape or (logits - shorter).abs().max() > 1e-3 * logits.abs().max():
-        fail(f"{flag} {path}: {type(model).__name__} is not causal, or does not know logits_to_keep")
+        difference = logits - model(input_ids=token_ids[:, :4], logits_to_keep=keep[:, :4]).logits
+    if difference.abs().max() > 1e-3 * logits.abs().max():
+        fail(f"{flag} {path}: {type(model).__name__} is not causal")
     return model
 
 
-def load_classifier(path: str, config, tokenizer, flag: str, new: tuple = ()):
+def load_classifier(path: str, tokenizer, positions: int, flag: str, new_head: bool = False):
     """A sequence classifier with one label, in fp32. Its score is the output minus config.normalization_offset."""
-    if config.num_labels != 1:
-        fail(f"{flag} {path}: has {config.num_labels} labels; a reward model is a sequence classifier with one")
-    model, unexpected = load_model(AutoModelForSequenceClassification, path, config, tokenizer, flag, new)
-    offset = getattr(config, "normalization_offset", 0.0)
-    if not hasattr(model, "score") or not isinstance(offset, float) or not math.isfinite(offset):
-        fail(f"{flag} {path}: needed are a head named score, and a finite float as normalization_offset")
+    classifier = AutoModelForSequenceClassification
+    model, unexpected = load_model(classifier, path, tokenizer, positions, flag, new_head)
+    offset = getattr(model.config, "normalization_offset", 0.0)
+    if not hasattr(model, "score") or model.num_labels != 1:
+        fail(f"{flag} {path}: {model.num_labels} labels, or no head named score; needed is a classifier with one label")
+    if not isinstance(offset, float) or not math.isfinite(offset):
+        fail(f"{flag} {path}: normalization_offset is {offset!r}, not a finite float")
     if "score.bias" in unexpected:  # other trainers save a bias, which transformers drops without a word
         biased = nn.Module()
         biased.score = nn.Linear(model.score.in_features, 1)
@@ -654,39 +640,30 @@ def load_classifier(path: str, config, tokenizer, flag: str, new: tuple = ()):
 def read_rows(source: str, split: str, columns: list[str], flag: str) -> list[dict]:
     """One split of a hub data set, a folder of `save_to_disk`, or a folder of SPLIT.parquet, .jsonl, .csv or shards."""
     where = f"{flag} {source}, {split}"
-    rows = []
-    if os.path.isdir(source) and not os.path.exists(f"{source}/dataset_dict.json"):
-        # Read by hand: `datasets` takes some folder names for patterns, and its cache misses some changes of a file.
-        name = re.compile(rf"{split}(-\d+-of-\d+.*)?\.(parquet|jsonl|csv)(\.gz)?")
-        files = [*Path(source).glob("*"), *Path(source).glob("data/*")]  # hub snapshots have the latter
-        files = sorted(file for file in files if name.fullmatch(file.name))
-        if len({name.fullmatch(file.name)[2] for file in files}) != 1:
-            fail(f"{where}: needs {split}.parquet, .jsonl or .csv, of one kind; found {[file.name for file in files]}")
-        for file in files:
-            with explain(f"{flag} {file}: cannot be read"):
-                rows += read_file(str(file), columns)
-    else:
+    if not os.path.isdir(source) or os.path.exists(f"{source}/dataset_dict.json"):
         with explain(f"{where}: no such folder, and not on the hub"):
             data = load_from_disk(source)[split] if os.path.isdir(source) else load_dataset(source, split=split)
-            rows = list(data.select_columns([column for column in data.column_names if column in columns]))
-    if not rows:
-        fail(f"{where}: no rows")
-    return rows
-
-
-def read_file(path: str, columns: list[str]) -> list[dict]:
-    """The rows of one parquet, csv or jsonl file, plain or gzipped."""
-    if path.endswith(".parquet"):
-        with open(path, "rb") as file:
-            table = ParquetFile(file)
-            return table.read([name for name in table.schema_arrow.names if name in columns]).to_pylist()
+            return list(data.select_columns([name for name in data.column_names if name in columns]))
+    # `datasets` takes some folder names for patterns, and its cache misses some changes of a file. So files are read
+    # without it.
+    pattern = re.compile(rf"{split}(-\d+-of-0*(\d+).*)?\.(parquet|jsonl|csv)(\.gz)?")
+    files = sorted(file for file in Path(source).rglob("*") if pattern.fullmatch(file.name))
+    kinds = {(file.parent, *pattern.fullmatch(file.name).group(2, 3)) for file in files}
+    if len(kinds) != 1 or len(files) != int(min(kinds)[1] or 1):
+        names = [str(file.relative_to(source)) for file in files]
+        fail(f"{where}: needs one {split}.parquet, .jsonl or .csv, or all of its shards; found {names}")
     rows = []
-    with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
-        if ".csv" in path[-7:]:
-            return pd.read_csv(file, dtype=str, keep_default_na=False).to_dict("records")
-        for number, line in enumerate(file, start=1):
-            with explain(f"{path}, line {number}: not a JSON object"):
-                rows.append(dict(json.loads(line)))
+    for file in files:
+        with explain(f"{flag} {file}: cannot be read"):
+            if file.suffix == ".parquet":
+                rows += ParquetFile(file.open("rb")).read(columns).to_pylist()
+            elif ".csv" in file.suffixes:
+                rows += pd.read_csv(file, dtype=str, keep_default_na=False).to_dict("records")
+            else:
+                with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8-sig") as lines:
+                    for number, line in enumerate(lines, start=1):
+                        with explain(f"{flag} {file}, line {number}: not a JSON object"):
+                            rows += [dict(json.loads(line))] if line.strip() else []
     return rows
 
 
@@ -694,7 +671,7 @@ def load_tokenizer(path: str, flag: str):
     """The tokenizer of a model folder or hub id, with [PAD] as pad token."""
     with explain(f"{flag} {path}: no tokenizer can be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        empty = not encode(tokenizer, ["a"])[0]  # without tokenizer files, transformers makes up an empty one
+        empty = not encode(tokenizer, "a")  # without tokenizer files, transformers makes up an empty one
     # Detail 3 (PAD and EOS): the pad token is a new one, even if the tokenizer brings its own, and never EOS: with
     # pad == EOS the loss mask hides EOS as well, and the model never learns to stop.
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
@@ -703,15 +680,11 @@ def load_tokenizer(path: str, flag: str):
     return tokenizer
 
 
-def encode(tokenizer, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text, without BOS or EOS; "<|endoftext|>" in a post is ordinary text."""
-    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
-
-
-def bos_prefix(tokenizer) -> list[int]:
-    """[BOS] if the tokenizer begins a text with it (Llama), else []; Pythia names a BOS token without using it."""
-    with_special = tokenizer("a")["input_ids"]
-    return with_special[:1] if len(with_special) > 1 and with_special[0] == tokenizer.bos_token_id else []
+def encode(tokenizer, text: str) -> list[int]:
+    """Token ids of a text, BOS first if the tokenizer has it so (Llama), no EOS; "<|endoftext|>" is ordinary text."""
+    first = tokenizer.encode("a")[:-1]  # what comes before a text; Pythia names a BOS token without using it
+    bos = [tokenizer.bos_token_id] if first[:1] == [tokenizer.bos_token_id] else []
+    return bos + tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
 def format_post(subreddit: str, title: str, post: str) -> tuple[str, str, str]:
@@ -721,81 +694,67 @@ def format_post(subreddit: str, title: str, post: str) -> tuple[str, str, str]:
     return f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: ", post, "\n\nTL;DR:"
 
 
-def make_queries(tokenizer, parts: list[tuple[str, str, str]], max_tokens: int) -> list[str]:
-    """The queries of (head, body, tail) parts, each cut to at most `max_tokens` tokens."""
-    room = max_tokens - len(bos_prefix(tokenizer))
-    queries = ["".join(part) for part in parts]
-    for i, ids in enumerate(encode(tokenizer, queries)):
-        if len(ids) > room:
-            queries[i] = truncate_query(tokenizer, *parts[i], room)
-    return queries
-
-
-def truncate_query(tokenizer, head: str, body: str, tail: str, room: int) -> str:
-    """The query with its body cut to fit in `room` tokens; "" if even an empty body does not fit."""
+def make_query(tokenizer, head: str, body: str, tail: str, max_tokens: int) -> str:
+    """The query, its body cut to fit in `max_tokens` tokens; "" if even an empty body does not fit."""
     # Detail 2 (query truncation): cut the post at its last newline, again and again; if there is none, drop one
     # character at a time. Never a hard cut of tokens: it would lose the "TL;DR:" that asks for the summary.
-    newlines = [match.start() for match in re.finditer("\n", body)]
-    lengths = [*range((newlines + [len(body)])[0]), *newlines]  # of all bodies that this rule tries, ascending
+    newlines = [match.start() for match in re.finditer("\n", body)] + [len(body)]
+    lengths = [*range(newlines[0]), *newlines]  # of all bodies that this rule tries, ascending
 
     def num_tokens(length: int) -> int:
-        return len(encode(tokenizer, [head + body[:length] + tail])[0])
+        return len(encode(tokenizer, head + body[:length] + tail))
 
+    if num_tokens(len(body)) <= max_tokens:
+        return head + body + tail
     # By bisection, and then in the next few: a whole word can have fewer tokens than its beginning.
-    fitting = bisect_right(lengths, room, key=num_tokens)
+    fitting = bisect_right(lengths, max_tokens, key=num_tokens)
     for i in range(fitting, min(fitting + 50, len(lengths))):
-        if num_tokens(lengths[i]) <= room:
+        if num_tokens(lengths[i]) <= max_tokens:
             fitting = i + 1
     return head + body[: lengths[fitting - 1]] + tail if fitting else ""
 
 
-def tokenize_posts(args, rows: list[dict], tokenizer) -> list[dict]:
+def is_text(value) -> bool:
+    """Whether a value is a string that can be encoded: JSON may hold one half of a surrogate pair."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+
+def tokenize_post(args, row: dict, tokenizer) -> dict:
     """
-    Raw posts -> rows with `id`; `query`, `reference` (text); `query_tokens` (ids, BOS first if there is one); `tokens`
-    (ids of query and reference, EOS last); `problem` (why the row cannot be used, or "").
+    A raw post -> `id`; `query`, `reference` (text); `query_tokens` (ids); `tokens` (ids of query and reference, EOS
+    last); `problem` (why the row cannot be used, or "").
     """
-    fields = ("id", "subreddit", "title", "post", "summary")
-    texts = [[str(row.get(name) or "") for name in fields] for row in rows]
-    queries = make_queries(tokenizer, [format_post(*text[1:4]) for text in texts], args.max_query_length)
+    post = {"id": "" if row.get("id") is None else str(row["id"]).strip(), "problem": ""}
+    for name in ("subreddit", "title", "post", "summary"):
+        if not is_text(row.get(name)):
+            return post | {"problem": f"{name} is missing or not a text"}
+    if not row["summary"].strip() or not post["id"]:
+        return post | {"problem": "the summary or the id is empty"}
+    query = make_query(tokenizer, *format_post(row["subreddit"], row["title"], row["post"]), args.max_query_length)
+    if not query:
+        return post | {"problem": f"the post cannot be cut to {args.max_query_length} query tokens"}
     # Detail 3 (space and EOS): the completion begins with one space (summaries lack it) and ends with EOS.
-    references = [" " + text[4].lstrip() for text in texts]
-    query_ids = encode(tokenizer, queries)
     # Detail 5 (joined): query and response are joined as text and tokenized together.
-    joined_ids = encode(tokenizer, [query + reference for query, reference in zip(queries, references)])
-    bos = bos_prefix(tokenizer)
-    posts = []
-    for row, query, reference, ids, both in zip(rows, queries, references, query_ids, joined_ids):
-        query_tokens = np.array(bos + ids, dtype=np.int32)
-        tokens = np.array(bos + both + [tokenizer.eos_token_id], dtype=np.int32)
-        missing = [name for name in fields[1:] if not isinstance(row.get(name), str)]
-        missing += [name for name in ("id", "summary") if not str(row.get(name) or "").strip()]
-        problem = ""
-        if missing:
-            problem = f"{missing[0]} is missing or not a text"
-        elif not query:
-            problem = f"the post cannot be cut to {args.max_query_length} query tokens"
-        # Detail 4 (lengths): a response that is too long is left out, not cut, since the cut would remove its EOS.
-        elif len(tokens) - len(query_tokens) > args.max_response_length:
-            problem = f"the summary is longer than {args.max_response_length} tokens"
-        elif len(tokens) > args.max_query_response_length:
-            problem = f"longer than {args.max_query_response_length} tokens with its query"
-        post = dict(id=str(row.get("id")), query=query, reference=reference, problem=problem)
-        posts.append(post | dict(query_tokens=query_tokens, tokens=tokens))
-    return posts
+    reference = " " + row["summary"].lstrip()
+    query_tokens = np.array(encode(tokenizer, query), dtype=np.int32)
+    tokens = np.array([*encode(tokenizer, query + reference), tokenizer.eos_token_id], dtype=np.int32)
+    # Detail 4 (lengths): a response that is too long is left out, not cut, since the cut would remove its EOS.
+    if len(tokens) - len(query_tokens) > args.max_response_length:
+        post["problem"] = f"the summary is longer than {args.max_response_length} tokens"
+    elif len(tokens) > args.max_query_response_length:
+        post["problem"] = f"longer than {args.max_query_response_length} tokens with its query"
+    return post | dict(query=query, reference=reference, query_tokens=query_tokens, tokens=tokens)
 
 
 def load_posts(args, split: str, tokenizer, accelerator: Accelerator) -> list[dict]:
-    """One split of posts, formatted and tokenized (see `tokenize_posts`); unusable rows are named and left out."""
+    """One split of posts, formatted and tokenized (see `tokenize_post`); unusable rows are named and left out."""
     # Detail 1 (specification): the columns and splits of the paper's TL;DR set.
     rows = read_rows(args.query_dataset, split, ["id", "subreddit", "title", "post", "summary"], "--query_dataset")
-    posts = []
-    for start in range(0, len(rows), 1000):  # the tokenizer works on them in parallel
-        posts += tokenize_posts(args, rows[start : start + 1000], tokenizer)
-    seen = set()  # the judge joins samples by id
+    posts = [tokenize_post(args, row, tokenizer) for row in rows]
+    first = {post["id"]: post for post in reversed(posts)}
     for post in posts:
-        if post["id"] in seen:
-            post["problem"] = post["problem"] or "the id occurs twice"
-        seen.add(post["id"])
+        if first[post["id"]] is not post and not post["problem"]:  # the judge joins samples by id
+            post["problem"] = "the id occurs twice"
     return keep_usable(posts, f"--query_dataset {args.query_dataset}, {split}", accelerator)
 
 
@@ -803,11 +762,12 @@ def keep_usable(rows: list[dict], where: str, accelerator: Accelerator) -> list[
     """Leave out the rows with a problem; say how many, and why."""
     usable = [row for row in rows if not row["problem"]]
     accelerator.print(f"{where}: {len(usable):,} of {len(rows):,} rows can be used")
-    for problem, number in Counter(row["problem"] for row in rows if row["problem"]).items():
+    problems = Counter(row["problem"] for row in rows if row["problem"])
+    for problem, number in problems.items():
         first = next(row["id"] for row in rows if row["problem"] == problem)
         accelerator.print(f"  left out: {number:,} x {problem} (first id: {first})")
     if not usable:
-        fail(f"{where}: no usable row; the first problem is: {rows[0]['problem']}")
+        fail(f"{where}: no usable row; problems: {dict(problems)}")
     return usable
 
 
@@ -861,6 +821,7 @@ def rollout_metrics(args, batch: dict, eos_token_id: int) -> dict:
     return {name: value.item() for name, value in metrics.items()}
 
 
+@torch.no_grad()
 def evaluate(args, accelerator: Accelerator, nets: Networks, posts: list[dict]) -> dict:
     """Sample and score a response to every post of the split; write samples_<split>.csv; return the means."""
     posts = posts[: args.max_eval_rows]
@@ -869,31 +830,32 @@ def evaluate(args, accelerator: Accelerator, nets: Networks, posts: list[dict]) 
     size = args.local_eval_batch_size
     pad = nets.tokenizer.pad_token_id
     eos = nets.tokenizer.eos_token_id
+    nets.model.eval()
     policy = accelerator.unwrap_model(nets.model).policy
     seed_everything(args.seed, rank, update=0)
     move_frozen(args, accelerator, nets, accelerator.device)
+    # Process i takes posts i, i + n, ... An offloaded model needs all processes in every pass, so all take equally
+    # many; what some take twice is not counted.
+    mine = [posts[i % len(posts)] for i in range(rank, math.ceil(len(posts) / n) * n, n)]
     samples = []
-    # Process i takes posts i, i + n, ... An offloaded model needs all processes in every pass, so all make as many: one
-    # without posts left repeats the first and does not count it.
-    for start in tqdm(range(0, math.ceil(len(posts) / n), size), desc="evaluation", disable=rank > 0):
-        mine = posts[rank::n][start : start + size]
-        tokens = [post["query_tokens"] for post in mine or posts[:1]]
-        sampled = sample_responses(args, accelerator, policy, nets.tokenizer, tokens, args.eval_temperature, size)
-        queries, responses = sampled
-        found = score(args, accelerator, nets, queries, responses)
-        references = [post["tokens"] for post in mine or posts[:1]]
-        references = pad_rows(references, pad, "right", accelerator.device)  # (B, T), query and reference
-        with accelerator.autocast(), torch.no_grad():
+    for start in tqdm(range(0, len(mine), size), desc="evaluation", disable=rank > 0):
+        part = mine[start : start + size]
+        tokens = [post["query_tokens"] for post in part]
+        batch = sample_responses(args, accelerator, policy, nets.tokenizer, tokens, args.eval_temperature, size)
+        batch |= score(accelerator, nets, batch["queries"], batch["responses"], args.temperature)
+        references = pad_rows([post["tokens"] for post in part], pad, "right", accelerator.device)  # (B, T)
+        with accelerator.autocast():
             reference_scores = nets.reward_model(references, last_token_idx(references, pad)).squeeze(1)
+        responses = batch["responses"]
         columns = {
-            "score": penalize_missing_eos(found["rm_scores"], responses, eos, args.missing_eos_penalty),
+            "score": penalize_missing_eos(batch["rm_scores"], responses, eos, args.missing_eos_penalty),
             "reference_score": reference_scores,
-            "kl": (found["logprobs"] - found["ref_logprobs"]).sum(1),
+            "kl": (batch["logprobs"] - batch["ref_logprobs"]).sum(1),
             "response_length": (responses != pad).sum(1),
             "eos_share": (responses == eos).any(1),
         }
         texts = nets.tokenizer.batch_decode(responses, skip_special_tokens=True)
-        for i, post in enumerate(mine):
+        for i, post in enumerate(part):
             numbers = {name: column[i].item() for name, column in columns.items()}
             samples.append(post | numbers | {"response": texts[i].strip(), "reference": post["reference"].strip()})
     parts = gather_object([samples])
@@ -927,29 +889,25 @@ def explain(message: str):
         fail(f"{message} ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
 
 
-def write_text(path: str, text: str):
-    """Write a file atomically: under a temporary name in the same folder, then renamed."""
-    with explain(f"{path} cannot be written"):
-        with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(f"{path}.tmp", path)
-
-
 @contextmanager
-def new_folder(folder: str):
-    """Write a folder atomically: gives a temporary name, which is renamed at the end."""
-    temporary = f"{folder}.tmp"
+def atomic(path: str):
+    """Write a file or a folder atomically: gives a temporary name, which is renamed at the end."""
+    temporary = f"{path}.tmp"
     try:
-        with explain(f"{folder} cannot be written: make room, then continue with --resume"):
+        with explain(f"{path} cannot be written: make room, then continue with --resume"):
             shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
             yield temporary
             os.sync()
-            shutil.rmtree(folder, ignore_errors=True)
-            os.rename(temporary, folder)
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: str, text: str):
+    """Write a text file atomically."""
+    with atomic(path) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8")
 
 
 def check_flags(args, may_be_zero: str, any_number: str = ""):
@@ -957,7 +915,7 @@ def check_flags(args, may_be_zero: str, any_number: str = ""):
     for name, value in vars(args).items():
         if isinstance(value, str) and not (value.strip() and value.isprintable()):
             fail(f"--{name} {value!a}: not a printable text")
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and name not in any_number.split():
+        if type(value) in (int, float) and name not in any_number.split():
             least = 0 if name in may_be_zero.split() else 1e-30
             if not least <= value < 2**32:
                 fail(f"--{name} {value}: must be {'at least' if least == 0 else 'above'} 0 and below 2**32")
@@ -966,7 +924,7 @@ def check_flags(args, may_be_zero: str, any_number: str = ""):
 
 
 def start_accelerator(args) -> Accelerator:
-    """The accelerate object for one process or many, with the precision of --bf16."""
+    """The accelerate object for one process or many. The flags decide on precision and accumulation."""
     sys.stdout.reconfigure(errors="backslashreplace")  # for terminals without UTF-8
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -975,68 +933,59 @@ def start_accelerator(args) -> Accelerator:
         for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             libc.mallopt(option, 2**31 - 1) or libc.mallopt(option, 2**25)  # older versions take no more
     steps = args.gradient_accumulation_steps
-    precision = "bf16" if args.bf16 else "no"
-    for name, value in (("MIXED_PRECISION", precision), ("GRADIENT_ACCUMULATION_STEPS", str(steps))):
-        launched = os.environ.get(f"ACCELERATE_{name}", value)
-        if launched != value:
-            fail(f"the launcher's {name.lower()} is {launched}, the script's is {value}: they must agree")
+    os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(steps)  # a launcher's would count for more
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if args.bf16 else "no"
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available():
         PartialState(cpu=True)  # makes gloo the backend
         if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
             import deepspeed
 
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled for minutes
-    options = dict(gradient_accumulation_steps=steps, mixed_precision=precision)
-    options |= dict(log_with="wandb") if args.track else {}
-    options |= dict(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))])  # for slow disks and hubs
+    timeout = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # for slow disks and hubs
     with explain("accelerate cannot start with the launcher's configuration"):
-        accelerator = Accelerator(**options)
+        accelerator = Accelerator(log_with="wandb" if args.track else None, kwargs_handlers=[timeout])
     if accelerator.state.deepspeed_plugin is not None:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
-        agree = config.get("gradient_accumulation_steps", "auto") in ("auto", steps)
-        agree = agree and config.get("bf16", {}).get("enabled", "auto") in ("auto", args.bf16)
-        if not agree or config["zero_optimization"]["stage"] not in (1, 2) or "optimizer" in config:
-            fail("DeepSpeed's config needs ZeRO stage 1 or 2, no optimizer, and the flags' accumulation and bf16")
-        config["train_micro_batch_size_per_gpu"] = args.local_micro_batch_size
+        if config["zero_optimization"]["stage"] not in (1, 2) or "optimizer" in config:
+            fail("DeepSpeed's configuration needs ZeRO stage 1 or 2, and no optimizer")
+        config.pop("fp16", None)
+        config["bf16"] = {"enabled": args.bf16}
         config["gradient_clipping"] = 0.0  # accelerate's default is 1.0
+        config["gradient_accumulation_steps"] = steps
+        config["train_micro_batch_size_per_gpu"] = args.local_micro_batch_size
+        config["train_batch_size"] = args.local_micro_batch_size * steps * accelerator.num_processes
     if accelerator.num_processes > 1:
         # gloo's threads need Python's lock to free their last tensors: a process that exits earlier may abort or hang.
         accelerator.state.process_group = torch.distributed.group.WORLD
         atexit.register(time.sleep, 1.0)
-    if args.bf16 and accelerator.device.type == "cpu":
-        matrices = [torch.ones(256, 256, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
-        bf16, fp32 = [Timer("m @ m", globals={"m": matrix}).timeit(2).mean for matrix in matrices]
-        if bf16 > 2 * fp32:
-            accelerator.print(f"note: on this CPU, fp32 (without --bf16) is {bf16 / fp32:.0f} times as fast as bf16")
+    if args.bf16 and accelerator.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        accelerator.print("note: this CPU has no bf16 arithmetic: fp32, without --bf16, is many times faster")
     return accelerator
 
 
 def open_run(args, accelerator: Accelerator, batch_size: int) -> dict:
     """Claim --output_dir and start the tracker. Returns args.json of the run to resume, or a new run_id."""
-    record = [{"run_id": os.urandom(4).hex()}]
     where = f"--output_dir {args.output_dir}"
+    record = {"run_id": os.urandom(4).hex(), "finished": False}
     if accelerator.is_main_process:
-        with explain(f"{where} cannot be used"):
+        with explain(f"{where} cannot be used, or is in use by another run"):
             os.makedirs(args.output_dir, exist_ok=True)
             accelerator.lock = FileLock(f"{args.output_dir}/.lock")
-            try:
-                accelerator.lock.acquire(timeout=0)  # until the process ends
-            except Timeout:
-                fail(f"{where} is in use by another run: wait for it to end, or name another folder")
+            accelerator.lock.acquire(timeout=0)  # until the process ends
         names = [name for name in os.listdir(args.output_dir) if not re.fullmatch(r"\..*|wandb|.*\.log", name)]
-        if args.resume and "args.json" in names:
+        if names and not (args.resume and "args.json" in names):
+            fail(f"{where} is not empty ({min(names)}): name another folder, or continue its run with --resume")
+        if names:
             now = vars(args) | {"script": os.path.basename(__file__), "batch_size": batch_size}
             with explain(f"{where}: its args.json is not of a run that --resume can continue"):
-                record = [json.loads(Path(f"{args.output_dir}/args.json").read_text())]
-                before = {name: (record[0] | record[0]["args"])[name] for name in now if name not in MAY_CHANGE}
+                record = json.loads(Path(f"{args.output_dir}/args.json").read_text())
+                before = {name: (record | record["args"])[name] for name in now if name not in MAY_CHANGE}
             for name, value in before.items():
                 if now[name] != value:
                     fail(f"{where} holds a run with {name} {value}, not {now[name]}: pass that, or another folder")
-            record[0]["finished"] = "summary.json" in names
-        elif names:
-            fail(f"{where} is not empty ({min(names)}): name another folder, or continue its run with --resume")
-    record = broadcast_object_list(record)[0]
-    if record.pop("finished", False):
+            record["finished"] = "summary.json" in names
+    record = broadcast_object_list([record])[0]
+    if record["finished"]:
         accelerator.print(f"{args.output_dir} holds a finished run: there is nothing left to do")
         raise SystemExit(0)
     if args.track:
@@ -1047,18 +996,23 @@ def open_run(args, accelerator: Accelerator, batch_size: int) -> dict:
     return record
 
 
-def fingerprint(rows: list[dict], model) -> str:
+def fingerprint(token_ids: list[np.ndarray], model) -> str:
     """A digest of the training data and the initial weights: a resumed run must start from the same."""
-    arrays = [value for row in rows for value in row.values() if isinstance(value, np.ndarray)]
-    arrays += [parameter.detach().flatten()[:1000].numpy() for parameter in model.parameters()]
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(array.tobytes())
-    return digest.hexdigest()
+    weights = [parameter.detach().flatten()[:1000].numpy() for parameter in model.parameters()]
+    return hashlib.sha256(b"".join(array.tobytes() for array in token_ids + weights)).hexdigest()
 
 
 def start_run(args, accelerator: Accelerator, record: dict, batch_size: int, digest: str) -> int:
     """Load the newest checkpoint of the run to resume, and write args.json. Returns the number of finished updates."""
+
+    def receive(number, frame):
+        accelerator.signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    # SIGTERM (preemption) and SIGINT (Ctrl-C) end the run after the update; a second one ends it at once.
+    accelerator.signals = []
+    signal.signal(signal.SIGTERM, receive)
+    signal.signal(signal.SIGINT, receive)
     if record.get("digest", digest) != digest:
         fail("--resume: the data or the initial model have changed since the run was started")
     folders = checkpoints(args)
@@ -1075,11 +1029,9 @@ def start_run(args, accelerator: Accelerator, record: dict, batch_size: int, dig
         if len(lines) < update:
             fail(f"{path} has {len(lines)} lines for {update} updates: put back what is missing")
         write_text(str(path), "".join(lines[:update]))  # what follows the checkpoint is computed and logged again
-        git = [shutil.which("git") or "false", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
         packages = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "tokenizers", "numpy")
         record |= {"script": os.path.basename(__file__), "args": vars(args), "command": sys.argv}
         record |= {"batch_size": batch_size, "digest": digest, "versions": {name: version(name) for name in packages}}
-        record["git_commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
         record["launch"] = f"{accelerator.num_processes} x {accelerator.device}, {accelerator.distributed_type.value}"
         record.setdefault("resumed_after_updates", []).extend([update] * args.resume)
         write_text(f"{args.output_dir}/args.json", json.dumps(record, indent=2) + "\n")
@@ -1087,32 +1039,16 @@ def start_run(args, accelerator: Accelerator, record: dict, batch_size: int, dig
     return update
 
 
-@contextmanager
-def catch_signals():
-    """While training, collect SIGTERM (preemption) and SIGINT (Ctrl-C); a second Ctrl-C acts at once."""
-    received = []
-
-    def receive(number, frame):
-        received.append(number)
-        if received.count(signal.SIGINT) > 1:
-            raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield received
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-def save_or_stop(args, accelerator: Accelerator, update: int, num_updates: int, signals: list):
+def save_or_stop(args, accelerator: Accelerator, update: int, num_updates: int):
     """After every update: write a checkpoint if one is due, and end the run if a signal asks for it."""
     # A scheduler may signal one process only. All must stop after the same update, or the others would wait for it.
-    number = int(accelerator.gather(torch.tensor([max(signals, default=0)], device=accelerator.device)).max())
+    number = max(gather_object(accelerator.signals), default=0)
     if number or (args.save_every and (update % args.save_every == 0 or update == num_updates)):
         # Networks and optimizer are all there is to save: the data order, every random number and the learning rate are
         # functions of seed, process and update.
         folder = f"{args.output_dir}/checkpoints/update_{update:08d}"
         main = accelerator.is_main_process
-        with new_folder(folder) if main else explain(f"{folder} cannot be written"):
+        with atomic(folder) if main else explain(f"{folder} cannot be written"):
             accelerator.wait_for_everyone()
             accelerator.save_state(f"{folder}.tmp")
             accelerator.wait_for_everyone()
@@ -1126,9 +1062,7 @@ def save_or_stop(args, accelerator: Accelerator, update: int, num_updates: int, 
 
 def checkpoints(args) -> list[str]:
     """The folders of the finished checkpoints, the oldest first."""
-    folder = f"{args.output_dir}/checkpoints"
-    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    return [f"{folder}/{name}" for name in names if re.fullmatch(r"update_\d{8}", name)]
+    return sorted(str(path) for path in Path(args.output_dir, "checkpoints").glob("update_" + 8 * "[0-9]"))
 
 
 def log_metrics(metrics: dict, args, accelerator: Accelerator):
@@ -1153,9 +1087,9 @@ def show_samples(samples: list[dict]):
 
 
 def save_model(model, tokenizer, padding_side: str, output_dir: str):
-    """Write OUTPUT_DIR/model (safetensors, config, tokenizer) atomically."""
+    """Write OUTPUT_DIR/model (safetensors, config, tokenizer)."""
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = padding_side  # saved only if it is in both
-    with new_folder(f"{output_dir}/model") as temporary:
+    with atomic(f"{output_dir}/model") as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         for name in os.listdir(temporary):
@@ -1170,19 +1104,21 @@ def finish_run(args, accelerator: Accelerator, summary: dict):
         write_text(f"{args.output_dir}/summary.json", text + "\n")
         print(f"{args.exp_name}: results, also in {args.output_dir}/summary.json\n{text}")
     if args.push_to_hub and accelerator.is_main_process:
-        data = ModelCardData(library_name="transformers", pipeline_tag=CARD_TASK, tags=["rlhf", "summarization"])
+        header = ModelCardData(library_name="transformers", tags=["rlhf", "summarization"]).to_yaml()
+        card = f"---\n{header}\n---\n{__doc__.splitlines()[1]}\n\n```json\n{text}\n```\n"
         with explain(f"--push_to_hub: failed; later: hf upload {args.hf_repo_id} {folder} ."):
-            Path(f"{folder}/README.md").write_text(f"---\n{data.to_yaml()}\n---\n{CARD_TEXT}\n\n```json\n{text}\n```\n")
+            Path(f"{folder}/README.md").write_text(card)
             HfApi().create_repo(args.hf_repo_id, exist_ok=True)
-            for path, files in ((folder, None), (args.output_dir, ["args.json", "metrics.jsonl"])):
-                HfApi().upload_folder(repo_id=args.hf_repo_id, folder_path=path, allow_patterns=files)
+            HfApi().upload_folder(repo_id=args.hf_repo_id, folder_path=folder)
+            files = ["args.json", "metrics.jsonl"]
+            HfApi().upload_folder(repo_id=args.hf_repo_id, folder_path=args.output_dir, allow_patterns=files)
     accelerator.end_training()
 
 
 def main():
     # 1. Flags and the output folder. Batch = micro-batch x accumulation x processes x minibatches.
     args = tyro.cli(Args, use_underscores=True, description=__doc__)
-    may_be_zero = "seed total_episodes warm_up_steps save_every print_samples_every kl_coef vf_coef gamma lam"
+    may_be_zero = "seed total_episodes save_every print_samples_every kl_coef vf_coef gamma lam"
     check_flags(args, may_be_zero, any_number="missing_eos_penalty")
     if max(args.gamma, args.lam) > 1:
         fail("--gamma and --lam must be between 0 and 1")
@@ -1190,7 +1126,7 @@ def main():
     minibatch_size = args.local_micro_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     batch_size = minibatch_size * args.num_mini_batches
     num_updates = args.total_episodes // batch_size
-    accelerator.print(f"{num_updates} updates of {batch_size} episodes (the paper's batch: {PAPER_BATCH_SIZE})")
+    accelerator.print(f"{num_updates} updates of {batch_size} episodes (the paper's batch: 512)")
     if 0 < args.total_episodes < batch_size:
         fail(f"--total_episodes {args.total_episodes} does not fill one batch of {batch_size}")
     record = open_run(args, accelerator, batch_size)
@@ -1208,17 +1144,15 @@ def main():
 
     # 3. Four networks, which share nothing, and the optimizer.
     positions = args.max_query_length + args.response_length
-    sft_config = load_config(sft_path, "--sft_model_path", positions)
-    reward_config = load_config(reward_path, "--reward_model_path", positions)
-    policy = load_causal_lm(sft_path, sft_config, tokenizer, "--sft_model_path")
-    reference = load_causal_lm(sft_path, sft_config, tokenizer, "--sft_model_path")
-    value_model = ScalarModel(load_classifier(reward_path, reward_config, tokenizer, "--reward_model_path"))
-    reward_model = ScalarModel(load_classifier(reward_path, reward_config, tokenizer, "--reward_model_path"))
+    policy = load_causal_lm(sft_path, tokenizer, positions, "--sft_model_path")
+    reference = load_causal_lm(sft_path, tokenizer, positions, "--sft_model_path")
+    value_model = ScalarModel(load_classifier(reward_path, tokenizer, positions, "--reward_model_path"))
+    reward_model = ScalarModel(load_classifier(reward_path, tokenizer, positions, "--reward_model_path"))
     if args.gradient_checkpointing:
         for network in (policy, value_model.body):
             network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = PolicyAndValue(policy, value_model, tokenizer.pad_token_id)
-    digest = fingerprint(posts, model)
+    digest = fingerprint([post["tokens"] for post in posts], model)
     # Detail E (Adam): PyTorch's AdamW adds eps after the bias correction; TensorFlow's Adam takes other steps.
     # Detail 20 (settings): eps 1e-5, weight decay 0.01, no gradient clipping, no entropy bonus.
     optimizer = torch.optim.AdamW(
@@ -1228,12 +1162,11 @@ def main():
     reference = prepare_frozen(args, accelerator, reference)
     reward_model = prepare_frozen(args, accelerator, reward_model)
     nets = Networks(model, reference, reward_model, tokenizer)
-    first_update = start_run(args, accelerator, record, batch_size, digest)
 
     # 4. Train, save, evaluate.
+    first_update = start_run(args, accelerator, record, batch_size, digest)
     started = time.time()
-    with catch_signals() as signals:
-        train(args, accelerator, nets, optimizer, posts, batch_size, range(first_update, num_updates), signals)
+    train(args, accelerator, nets, optimizer, posts, batch_size, range(first_update, num_updates))
     summary = {"updates": num_updates, "episodes": num_updates * batch_size, "time/train": time.time() - started}
     if num_updates > 0 and accelerator.is_main_process:
         save_model(accelerator.unwrap_model(model).policy, tokenizer, "left", args.output_dir)

@@ -43,7 +43,7 @@ evaluate=(--run_eval --max_eval_rows $rows --local_eval_batch_size 16)
 # The base model itself, before any training: what SFT is compared with.
 stage base sft.py "${common[@]}" --base_model $BASE --total_episodes 0 "${evaluate[@]}"
 stage sft sft.py "${common[@]}" --base_model $BASE $sft --local_micro_batch_size 4 --gradient_accumulation_steps 4 \
-  "${evaluate[@]}" --print_samples_every 10
+  "${evaluate[@]}"
 stage reward reward.py "${common[@]}" --sft_model_path "$OUT/sft" --label_dataset "$TLDR_DIR/comparisons" $rm \
   --local_micro_batch_size 4 --gradient_accumulation_steps 4 --run_eval --max_eval_rows $pairs
 stage ppo ppo.py "${common[@]}" --sft_model_path "$OUT/sft" --reward_model_path "$OUT/reward" $ppo \

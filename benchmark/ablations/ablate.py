@@ -83,7 +83,7 @@ class Args:
 FLAGS = {
     "sft": dict(
         total_episodes=24000, lr=1e-3, warm_up_steps=20, local_micro_batch_size=16, response_loss_only=True,
-        response_length=28, print_samples_every=0,
+        response_length=28,
     ),
     "reward": dict(
         total_episodes=32000, lr=1e-3, warm_up_steps=20, local_micro_batch_size=16, normalization_rows=2000,

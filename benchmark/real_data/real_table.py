@@ -62,7 +62,7 @@ def markdown(record: dict) -> str:
     accuracy = f"accuracy {rate:.3f} [{low:.3f}, {high:.3f}] on {reward['eval/pairs']} held-out pairs"
     lines.append(f"\nReward model, {reward['episodes']} pairs: {accuracy}.\n")
     columns = "objective/scores objective/kl objective/rlhf_reward objective/response_length val/eos_share"
-    columns = f"{columns} policy/approxkl_avg val/ratio_first val/ratio_first_dev".split()
+    columns = f"{columns} policy/approxkl_avg val/ratio_first_dev".split()
     lines += [f"| PPO update | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
     for number, update in enumerate(record["ppo_updates"]):
         lines.append(f"| {number + 1} | " + " | ".join(f"{update[key]:.4f}" for key in columns) + " |")

@@ -180,7 +180,7 @@ def make_cases(args: Args) -> list[Case]:
     common = ["--query_dataset", world / "posts", "--lr", 1e-3, "--gradient_accumulation_steps", 2, "--run_eval"]
     sft, reward = root / "sft" / "model", root / "reward" / "model"
     own = {
-        "sft.py": ["--base_model", world / "base_model", "--response_length", 12, "--print_samples_every", 0],
+        "sft.py": ["--base_model", world / "base_model", "--response_length", 12],
         "reward.py": ["--sft_model_path", sft, "--label_dataset", world / "comparisons", "--normalization_rows", 60],
         "ppo.py": ["--sft_model_path", sft, "--reward_model_path", reward, "--num_ppo_epochs", 2]
         + ["--response_length", 12, "--num_mini_batches", 2, "--print_samples_every", 0],

@@ -38,11 +38,15 @@ def load_pairs(folder, tokenizer, split="train"):
 
 
 def tokenize(rows, tokenizer, **limits):
-    return sft.tokenize_posts(sft.Args(**limits), rows, tokenizer)
+    return [sft.tokenize_post(sft.Args(**limits), row, tokenizer) for row in rows]
 
 
 def compare(rows, tokenizer, limits=(512, 169, 638)):
-    return reward.tokenize_comparisons(rows, tokenizer, limits)
+    return [reward.tokenize_comparison(row, tokenizer, limits) for row in rows]
+
+
+def bos_of(tokenizer):
+    return [tokenizer.bos_token_id] if tokenizer.bos_token == "<s>" else []
 
 
 def refused(capsys, function, *inputs):
@@ -73,7 +77,7 @@ def slow_query(row, tokenizer, room):
 # ---- Queries and responses -------------------------------------------------------------------------------------------
 def test_format_of_a_row(tokenizer):
     """Details 2, 3 and 5: BOS once, if at all; no space after the colon, one before the summary, EOS at the end."""
-    bos = [tokenizer.bos_token_id] if tokenizer.bos_token == "<s>" else []
+    bos = bos_of(tokenizer)
     query = "SUBREDDIT: r/AskReddit\n\nTITLE: a b\n\nPOST: one\ntwo\n\nTL;DR:"
     for summary in ("short text", " short text", "\n  short text"):
         (row,) = tokenize([POST | {"summary": summary}], tokenizer)
@@ -99,7 +103,7 @@ def test_special_tokens_that_somebody_typed_are_text(tokenizer):
     """Under a unigram vocabulary too, where they are no token."""
     typed = "I said <|endoftext|> and [PAD] and <s> here"
     (row,) = tokenize([POST | {"post": typed, "title": typed, "summary": typed}], tokenizer)
-    body = row["tokens"].tolist()[len(sft.bos_prefix(tokenizer)) : -1]
+    body = row["tokens"].tolist()[len(bos_of(tokenizer)) : -1]
     assert not set(tokenizer.all_special_ids) & set(body) and tokenizer.decode(body).count(typed) == 3
 
     letters = [(letter, -5.0) for letter in map(chr, range(32, 127))] + [("<unk>", -20.0), ("</s>", 0.0)]
@@ -118,10 +122,10 @@ def test_truncation_rule(tokenizer, room):
     odd += ["zwölf Boxkämpfer jagen Viktor \u2603 \U0001f600 über den Sylter Deich " * 3, "", "\n", "x" * 300]
     for row, post in zip(rows, odd):
         row["post"] = post
-    expected = [slow_query(row, tokenizer, room - len(sft.bos_prefix(tokenizer))) for row in rows]
+    expected = [slow_query(row, tokenizer, room - len(bos_of(tokenizer))) for row in rows]
     posts = tokenize(rows, tokenizer, max_query_length=room)
-    assert [post["query"] for post in posts] == expected
-    assert all(len(post["query_tokens"]) <= room or "cannot be cut" in post["problem"] for post in posts)
+    assert [post.get("query", "") for post in posts] == expected
+    assert all("cannot be cut" in post["problem"] or len(post["query_tokens"]) <= room for post in posts)
     assert sum(row["post"] not in query for row, query in zip(rows, expected)) > 5 and ("" in expected) == (room == 26)
 
 
@@ -131,15 +135,15 @@ def test_long_posts_are_cut_in_few_calls(post):
     tokenizer, lengths = make_tokenizer(), []
 
     class Counting:
-        def __call__(self, texts, **options):
-            lengths.append(sum(map(len, texts)))
-            return tokenizer(texts, **options)
+        def encode(self, text, **options):
+            lengths.append(len(text))
+            return tokenizer.encode(text, **options)
 
         def __getattr__(self, name):
             return getattr(tokenizer, name)
 
     (row,) = tokenize([POST | {"post": post}], Counting())
-    assert len(lengths) < 100 and sum(lengths) < 40 * len(post)
+    assert len(lengths) < 200 and sum(lengths) < 40 * len(post)
     assert row["problem"] == "" and count(tokenizer, row["query"]) <= 512
     body = row["query"].split("POST: ")[1].removesuffix("\n\nTL;DR:")
     assert post.startswith(body) and len(body) > 400
@@ -178,9 +182,9 @@ def test_unusable_posts_are_named_and_counted(tokenizer, tmp_path, capsys):
         assert [post["id"] for post in load(tmp_path, tokenizer, script=script)] == ["t3_6_0", "t3_6_11"]
         out = capsys.readouterr().out
         assert "2 of 13 rows can be used" in out and "1 x the id occurs twice (first id: t3_6_0)" in out
-        for number, name, first in ((3, "summary", 1), (3, "title", 4), (1, "post", 7), (1, "subreddit", 8)):
+        for number, name, first in ((1, "summary", 3), (3, "title", 4), (1, "post", 7), (1, "subreddit", 8)):
             assert f"{number} x {name} is missing or not a text (first id: t3_6_{first})" in out
-        assert "2 x id is missing" in out
+        assert "4 x the summary or the id is empty (first id: t3_6_1)" in out
     rows[1]["title"] = pd.Timestamp("2026-01-01")
     pd.DataFrame(rows[1:2]).to_parquet(tmp_path / "test.parquet")
     assert "title is missing or not a text" in refused(capsys, load, tmp_path, tokenizer, "test")  # no row is left
@@ -232,7 +236,7 @@ def test_a_file_that_changes_is_read_again(tmp_path):
 
 def test_unreadable_files_are_named(tmp_path, capsys):
     good = json.dumps(POST | {"summary": "kürz"}, ensure_ascii=False) + "\n"
-    cases = {"line 3": (good * 2 + "{oops\n" + good).encode(), "line 2": (good + "7\n").encode(), "no rows": b""}
+    cases = {"line 3": (good * 2 + "{oops\n" + good).encode(), "line 2": (good + "7\n").encode(), "usable": b""}
     for mentioned, content in (cases | {"UnicodeDecodeError": good.encode("latin-1")}).items():
         (tmp_path / "train.jsonl").write_bytes(content)
         line = refused(capsys, load, tmp_path, make_tokenizer())
@@ -254,7 +258,7 @@ def test_a_column_that_is_null_for_12_megabytes(tmp_path):
 
 # ---- Comparisons -----------------------------------------------------------------------------------------------------
 def test_comparisons_follow_the_choice(tokenizer):
-    rows, bos = make_pairs(30, 20), sft.bos_prefix(tokenizer)
+    rows, bos = make_pairs(30, 20), bos_of(tokenizer)
     for pair, row in zip(compare(rows, tokenizer, (45, 169, 638)), rows, strict=True):
         query = slow_query(row["info"], tokenizer, 45 - len(bos))
         assert bool(query) != bool(pair["problem"])
@@ -342,7 +346,7 @@ def test_cnndm_pairs_come_from_their_split_or_from_their_batches(tmp_path):
 def test_real_posts_and_comparisons():
     """Detail 4's published lengths; the truncation rule; nothing is left out for its length."""
     pythia = sft.load_tokenizer(f"{TLDR_DIR}/pythia_tokenizer", "--base_model")
-    assert pythia.pad_token_id == 50277 and pythia.eos_token_id == 0 and sft.bos_prefix(pythia) == []
+    assert pythia.pad_token_id == 50277 and pythia.eos_token_id == 0 and bos_of(pythia) == []
     posts = load(f"{TLDR_DIR}/posts", pythia, "validation", script=ppo)
     raw = pd.read_parquet(f"{TLDR_DIR}/posts/validation.parquet").to_dict("records")
     # Published on the whole set, of which these are a part: 347 and 380 tokens on average.

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from common import SCRIPTS, assert_close, ppo, reward
-from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+from common import SCRIPTS, assert_close, ppo, reward, sft
+from transformers import get_cosine_schedule_with_warmup
 
 PAD, EOS = 9, 0
 
@@ -234,11 +234,10 @@ def test_pairwise_loss():
 
 # ---- Learning rates and the order of the data ------------------------------------------------------------------------
 @pytest.mark.parametrize("warm_up", [0, 1, 5])
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [sft, reward])
 def test_learning_rates(script, warm_up):
-    library = get_linear_schedule_with_warmup if script is ppo else get_cosine_schedule_with_warmup
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule = library(optimizer, warm_up, 23)
+    schedule = get_cosine_schedule_with_warmup(optimizer, warm_up, 23)
     for update in range(24):
         assert script.lr_lambda(update, 23, warm_up) == pytest.approx(schedule.get_last_lr()[0], abs=1e-12)
         optimizer.step()

@@ -16,7 +16,7 @@ import torch
 from common import CACHE, LENGTHS, ROOT, make_model_folder, make_posts, read_metrics, run_inside, write_rows
 from common import ppo, reward, sft
 from torch.optim import AdamW
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 sys.path.insert(0, str(ROOT))
 from benchmark.ablations import ablate  # noqa: E402
@@ -108,14 +108,14 @@ def test_a_diff_applies_and_is_small(name, tmp_path):
 def test_queries(models):
     args = SimpleNamespace(max_query_length=90, max_response_length=53, max_query_response_length=200)
     for script in ("sft", "ppo"):
-        plain = SCRIPTS[script].tokenize_posts(args, make_posts(9, 3), models.tokenizer)
-        spaced = patched("trailing_space", script).tokenize_posts(args, make_posts(9, 3), models.tokenizer)
+        modules = (SCRIPTS[script], patched("trailing_space", script))
+        plain, spaced = [[m.tokenize_post(args, row, models.tokenizer) for row in make_posts(9, 3)] for m in modules]
         assert [post["query"] for post in spaced] == [post["query"] + " " for post in plain]
         assert [post["tokens"].tolist() for post in spaced] == [post["tokens"].tolist() for post in plain]
     parts = ("SUBREDDIT: r/advice\n\nPOST: ", "my boss lied about the money\n" * 9, "\n\nTL;DR:")
-    [[soft], [hard]] = [patched(n).make_queries(models.tokenizer, [parts], 40) for n in ("", "hard_truncation")]
+    soft, hard = [patched(name).make_query(models.tokenizer, *parts, 40) for name in ("", "hard_truncation")]
     assert soft.endswith("\n\nTL;DR:") and "TL;DR:" not in hard
-    assert "".join(parts).startswith(hard) and len(ppo.encode(models.tokenizer, [hard])[0]) == 40
+    assert "".join(parts).startswith(hard) and len(ppo.encode(models.tokenizer, hard)) == 40
 
 
 def test_sft(models):
@@ -124,23 +124,25 @@ def test_sft(models):
     for name, targets in (("", 2), ("eos_as_pad", 1), ("sft_loss_on_query", 3)):
         module = patched(name, "sft")
         tokenizer = module.load_tokenizer(models.sft, "x")
-        policy = module.load_causal_lm(models.sft, AutoConfig.from_pretrained(models.sft), tokenizer, "x")
+        policy = module.load_causal_lm(models.sft, tokenizer, 100, "x")
         posts = [{"tokens": [5, 6, 7, EOS], "query_tokens": [5, 6]}]
         logprobs = module.target_logprobs(args, accelerator, policy, posts, tokenizer.pad_token_id)
         assert int((logprobs != 0).sum()) == targets  # with EOS as pad token, the loss does not see EOS
-        assert module.count_targets(args, posts) == (3 if name == "sft_loss_on_query" else 2)
         queries = list(torch.randint(5, 300, (40, 6), generator=torch.manual_seed(0)))
-        _, responses = module.sample_responses(args, accelerator, policy, tokenizer, queries, 1.0, 40)
-        assert 0 < (responses == EOS).any(1).sum() < 40  # EOS can be sampled: to stop is what is not learned
+        found = module.sample_responses(args, accelerator, policy, tokenizer, queries, 1.0, 40)
+        assert 0 < (found["responses"] == EOS).any(1).sum() < 40  # EOS can be sampled: to stop is what is not learned
 
 
 def test_loading(models):
+    def dropout(module, path=models.sft):
+        body = AutoModel if path == models.sft else AutoModelForSequenceClassification
+        return module.load_model(body, path, models.tokenizer, 100, "x")[0].config.hidden_dropout
+
     for script, module in SCRIPTS.items():
-        assert module.load_config(models.sft, "x", 100).hidden_dropout == 0.0
-        assert patched("dropout", script).load_config(models.sft, "x", 100).hidden_dropout == 0.25
+        assert dropout(module) == 0.0 and dropout(patched("dropout", script)) == 0.25
         patched("eos_as_pad", script).load_tokenizer(models.sft, "x").save_pretrained(f"{models.sft}_{script}")
         assert patched("eos_as_pad", script).load_tokenizer(f"{models.sft}_{script}", "x").pad_token_id == EOS
-    assert patched("dropout_ppo").load_config(models.reward, "x", 100).hidden_dropout == 0.1
+    assert dropout(patched("dropout_ppo"), models.reward) == 0.1
 
 
 def test_reward_model():
@@ -213,7 +215,7 @@ def test_per_rank_shuffle(script):
             stop = mock.Mock(side_effect=InterruptedError)  # in place of what a process does with its first rows
             module = patched(name, script)
             with mock.patch.multiple(module, rollout=stop, pad_rows=stop, create=True), pytest.raises(InterruptedError):
-                module.train(module.Args(local_micro_batch_size=8), accelerator, *rest, rows, 16, range(1), [])
+                module.train(module.Args(local_micro_batch_size=8), accelerator, *rest, rows, 16, range(1))
             taken += [i for [i] in stop.call_args.args[0][:8]] if script == "reward" else stop.call_args.args[3]
         assert len(taken) == 16 and (len(set(taken)) == 16) == (name == "")
 

@@ -11,9 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("sft.py", "reward.py", "ppo.py")
-# What each script has of its own under a name that others use too. PPO anneals linearly, the others along a cosine.
-NAMES = ("Args", "main", "train", "evaluate")
-OWN = [(script, name) for script in SCRIPTS for name in NAMES] + [("ppo.py", "lr_lambda")]
+OWN = ("Args", "main", "train", "evaluate")  # what each script has of its own under a name that others use too
 PYTHON = [ROOT / name for name in (*SCRIPTS, "eval_judge.py")] + sorted((ROOT / "benchmark").rglob("*.py"))
 PYTHON = [path for path in PYTHON if "peers" not in path.parts]  # which have an environment of their own
 # Hosts that files may name, beside those that are made up for a test.
@@ -36,11 +34,11 @@ def test_what_the_scripts_share_is_equal_word_for_word():
     for script in SCRIPTS:
         text = (ROOT / script).read_text(encoding="utf-8")
         for node in ast.parse(text).body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and (script, node.name) not in OWN:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in OWN:
                 first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
                 copies.setdefault(node.name, []).append(text.splitlines()[first - 1 : node.end_lineno])
     shared = {name: found for name, found in copies.items() if len(found) > 1}
-    assert {"read_rows", "load_config", "save_or_stop", "open_run", "sample_responses", "fail"} <= shared.keys()
+    assert {"read_rows", "load_model", "save_or_stop", "open_run", "sample_responses", "fail"} <= shared.keys()
     for name, found in shared.items():
         assert all(lines == found[0] for lines in found), f"{name} is not the same everywhere"
 

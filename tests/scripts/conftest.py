@@ -8,7 +8,11 @@ import common
 import pytest
 import runner
 
-runner.start_server()
+
+def pytest_collection_finish(session):
+    mine = [item for item in session.items if "scripts" in item.path.parts]
+    if mine and not session.config.option.collectonly:
+        runner.start_server()
 
 
 def pytest_sessionfinish():
@@ -35,7 +39,7 @@ def flags(world):
     """Flags of a small run of each script, by its name; reward.py and ppo.py need the models of `chain`."""
     shared = {"--query_dataset": world.posts, "--lr": 1e-3, "--local_micro_batch_size": 4}
     shared |= dict(zip(common.LENGTHS[::2], common.LENGTHS[1::2])) | {"--gradient_accumulation_steps": 2}
-    sft = {"--base_model": world.base, "--response_length": 8, "--print_samples_every": 0}
+    sft = {"--base_model": world.base, "--response_length": 8}
     reward = {"--sft_model_path": runner.FOLDER / "chain/sft", "--label_dataset": world.pairs}
     ppo = {"--sft_model_path": runner.FOLDER / "chain/sft", "--reward_model_path": runner.FOLDER / "chain/reward"}
     ppo |= {"--response_length": 8, "--print_samples_every": 0, "--total_episodes": 16}

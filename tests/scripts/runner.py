@@ -47,7 +47,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def start_server():
-    """Start the server, which does its imports while the tests are collected."""
+    """Start the server, which does its imports while the first tests run."""
     before = dict(os.environ)
     os.environ.clear()
     os.environ.update(ENV)

@@ -30,7 +30,7 @@ METRICS = {
     "ppo": "episode epoch lr grad_norm eps time/rollout time/train objective/kl objective/entropy objective/scores "
     "objective/non_score_reward objective/rlhf_reward objective/rm_scores objective/response_length loss/policy_avg "
     "loss/value_avg policy/approxkl_avg policy/clipfrac_avg policy/entropy_avg val/clipfrac_avg val/ratio "
-    "val/ratio_var val/ratio_first val/ratio_first_dev val/num_eos_tokens val/eos_share",
+    "val/ratio_var val/ratio_first_dev val/num_eos_tokens val/eos_share",
 }
 EVALUATION = {
     "sft": "rows loss response_length rouge1 rouge2 rougeL",
@@ -70,7 +70,7 @@ def test_files(script, chain):
     record = read_json(out / "args.json")
     assert set(record["args"]) == {field.name for field in dataclasses.fields(MODULES[script].Args)}
     assert record["args"]["lr"] == 1e-3 and record["versions"]["torch"] == torch.__version__
-    assert record["command"][1:] and "git_commit" in record and record["launch"].startswith("1 x cpu")
+    assert record["command"][1:] and record["launch"].startswith("1 x cpu")
     files = {path.name for path in (out / "model").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= files
     assert not [path for path in out.rglob("*") if ".tmp" in path.name]
@@ -157,7 +157,7 @@ def test_ppo_metrics(chain):
     first, second, _ = read_metrics(chain.out.ppo)
     assert first["objective/kl"] == 0 and abs(second["objective/kl"]) > 1e-3
     for row in (first, second):
-        assert row["val/ratio_first_dev"] == 0 and row["val/ratio_first"] == pytest.approx(1, abs=1e-6)
+        assert row["val/ratio_first_dev"] == 0
         assert row["objective/non_score_reward"] == pytest.approx(-0.05 * row["objective/kl"], abs=1e-6)
         total = row["objective/scores"] + row["objective/non_score_reward"]
         assert row["objective/rlhf_reward"] == pytest.approx(total, abs=1e-5)
@@ -328,7 +328,6 @@ COMMON = {
     "query_dataset": ("OTHER/posts", says("26 of 26 rows")),
     "max_query_response_length": (45, says("longer than 45 tokens")),
     "lr": (2e-3, lambda b, c: column(c, "lr") == [2 * lr for lr in column(b, "lr")]),
-    "warm_up_steps": (1, lambda b, c: column(c, "lr")[:2] == [0, 1e-3]),
     "total_episodes": (30, lambda b, c: sorted(set(column(c, "episode"))) == [8, 16, 24]),
     "local_micro_batch_size": (2, lambda b, c: first(c, "episode") == 4),
     "gradient_accumulation_steps": (1, lambda b, c: first(c, "episode") == 4),
@@ -342,9 +341,9 @@ SAMPLING = {
     "max_eval_rows": (3, lambda b, c: len(samples(c)) == 3 == c.summary["eval/rows"]),
     "local_eval_batch_size": (3, lambda b, c: "4/4" in c.err and "4/4" not in b.err),
     "eval_temperature": (2.0, lambda b, c: list(samples(b).response) != list(samples(c).response)),
-    "print_samples_every": (2, lambda b, c: c.out.count("reference ") > b.out.count("reference ")),
 }
-SFT = COMMON | SAMPLING | {
+WARM_UP = {"warm_up_steps": (1, lambda b, c: column(c, "lr")[:2] == [0, 1e-3])}
+SFT = COMMON | SAMPLING | WARM_UP | {
     "seed": (1, differs("sft/loss")),
     "bf16": (None, in_bf16("sft/loss")),
     "base_model": ("OTHER/model", differs("sft/loss")),
@@ -352,7 +351,7 @@ SFT = COMMON | SAMPLING | {
     "num_train_epochs": (2, lambda b, c: column(c, "epoch")[-1] == 2),
     "response_loss_only": (None, differs("sft/loss")),
 }  # fmt: skip
-REWARD = COMMON | {
+REWARD = COMMON | WARM_UP | {
     "seed": (1, differs("rm/loss")),
     "bf16": (None, in_bf16("rm/loss")),
     "sft_model_path": ("OTHER/model", differs("rm/loss")),
@@ -393,6 +392,7 @@ PPO = COMMON | SAMPLING | {
     "whiten_rewards": (None, differs("loss/value_avg", but="objective/rlhf_reward")),
     "missing_eos_penalty": ("None", lambda b, c: column(c, "objective/scores") == column(c, "objective/rm_scores")),
     "temperature": (1.5, rises("policy/entropy_avg")),
+    "print_samples_every": (2, lambda b, c: c.out.count("reference ") > b.out.count("reference ")),
 }  # fmt: skip
 EFFECTS = {"sft": SFT, "reward": REWARD, "ppo": PPO}
 CASES = [(script, flag) for script in EFFECTS for flag in EFFECTS[script]]

@@ -190,7 +190,7 @@ def parse(call, gpus):
     flags = [word.replace("{seed}", "7") for word in words[number + 1 :] if word != "--resume"]
     args = tyro.cli(module.Args, args=flags, use_underscores=True)
     batch = args.local_micro_batch_size * args.gradient_accumulation_steps * gpus
-    assert batch * getattr(args, "num_mini_batches", 1) == module.PAPER_BATCH_SIZE
+    assert batch * getattr(args, "num_mini_batches", 1) == {"sft.py": 128, "reward.py": 64, "ppo.py": 512}[words[number]]
     return args
 
 
