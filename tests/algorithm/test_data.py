@@ -169,20 +169,22 @@ BAD_POSTS = [
     ({"summary": ""}, "summary"), ({"summary": "  \n"}, "summary"), ({"summary": None}, "summary"),
     ({"title": None}, "title"), ({"title": ["a", "list"]}, "title"), ({"title": 20260101}, "title"),
     ({"post": None}, "post"), ({"subreddit": 7}, "subreddit"), ({"id": None}, "id"), ({"id": " "}, "id"),
+    ({"subreddit": "\ud83d"}, "subreddit"),  # one half of an emoji, which JSON may hold
 ]  # fmt: skip
 
 
 def test_unusable_posts_are_named_and_counted(tokenizer, tmp_path, capsys):
-    rows = make_posts(13, 6)
+    rows = make_posts(14, 6)
     for row, (change, _) in zip(rows[1:], BAD_POSTS):
         row |= change
+    rows[12]["id"] = 0
     rows[-1]["id"] = rows[0]["id"]  # samples are joined by id
     write_rows(tmp_path / "train.jsonl", rows)
     for script in SCRIPTS:
-        assert [post["id"] for post in load(tmp_path, tokenizer, script=script)] == ["t3_6_0", "t3_6_11"]
+        assert [post["id"] for post in load(tmp_path, tokenizer, script=script)] == ["t3_6_0", "0"]
         out = capsys.readouterr().out
-        assert "2 of 13 rows can be used" in out and "1 x the id occurs twice (first id: t3_6_0)" in out
-        for number, name, first in ((1, "summary", 3), (3, "title", 4), (1, "post", 7), (1, "subreddit", 8)):
+        assert "2 of 14 rows can be used" in out and "1 x the id occurs twice (first id: t3_6_0)" in out
+        for number, name, first in ((1, "summary", 3), (3, "title", 4), (1, "post", 7), (2, "subreddit", 8)):
             assert f"{number} x {name} is missing or not a text (first id: t3_6_{first})" in out
         assert "4 x the summary or the id is empty (first id: t3_6_1)" in out
     rows[1]["title"] = pd.Timestamp("2026-01-01")
@@ -226,6 +228,11 @@ def test_odd_folder_names_are_read_and_their_neighbours_never(name, tmp_path):
     assert [post["id"] for post in load(tmp_path / name, make_tokenizer())] == [row["id"] for row in make_posts(3, 7)]
 
 
+def test_blank_lines_and_a_byte_order_mark_are_skipped(tmp_path):
+    (tmp_path / "train.jsonl").write_text("\ufeff" + json.dumps(POST) + "\n\n \n", encoding="utf-8")
+    assert len(load(tmp_path, make_tokenizer())) == 1
+
+
 def test_a_file_that_changes_is_read_again(tmp_path):
     """Also when it keeps its size and its modification time."""
     for summary in ("good one", "bad one!"):
@@ -245,6 +252,11 @@ def test_unreadable_files_are_named(tmp_path, capsys):
     assert "test.parquet" in refused(capsys, load, tmp_path, make_tokenizer(), "test")
     write_rows(tmp_path / "train.parquet", [POST])  # two kinds for one split: which one is meant?
     assert "train.jsonl" in refused(capsys, load, tmp_path, make_tokenizer())
+    write_rows(tmp_path / "two" / "train.jsonl", [POST])
+    write_rows(tmp_path / "two" / "data" / "train.jsonl", [POST])
+    assert "data/train.jsonl" in refused(capsys, load, tmp_path / "two", make_tokenizer())
+    write_rows(tmp_path / "less" / "train-00001-of-00003.parquet", [POST])
+    assert "all of its shards" in refused(capsys, load, tmp_path / "less", make_tokenizer())
     assert "validation" in refused(capsys, load, tmp_path, make_tokenizer(), "validation")
 
 
@@ -313,13 +325,14 @@ def test_unusable_comparisons_are_named_and_counted(tmp_path, capsys):
     good.append({"info": dict(good[0]["info"], id="x"), "choice": 1, "summaries": [{"text": "a"}, {"text": "b"}]})
     bad = [{"info": None}, {"info": {"id": "a", "post": None}}, {"summaries": [other]}, {"summaries": [other] * 3}]
     bad += [{"summaries": None}, {"summaries": [{"text": " "}, other]}, {"summaries": [{"text": None}, other]}]
+    bad += [{"summaries": 5}, {"info": PAIR["info"] | {"title": ["a", "list"]}}, {"info": PAIR["info"] | {"post": 5}}]
     same = {"summaries": [{"text": " same text", "policy": "a"}, {"text": "same text ", "policy": "b"}]}
     write_rows(tmp_path / "train.jsonl", good + [PAIR | change for change in [*bad, same]])
     pairs = load_pairs(tmp_path, make_tokenizer())
     assert [pair["id"] for pair in pairs] == [row["info"]["id"] for row in good]
     assert [pairs[2][name] for name in ("batch", "confidence", "policies")] == ["", "", "unknown | unknown"]
     out = capsys.readouterr().out
-    reasons = ("3 of 11 rows can be used", "7 x post, article", "1 x the summaries are the same (first id: t3_24_0)")
+    reasons = ("3 of 14 rows can be used", "10 x post, article", "1 x the summaries are the same (first id: t3_24_0)")
     assert all(reason in out for reason in reasons)
 
 
