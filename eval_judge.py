@@ -11,9 +11,10 @@ arXiv 2403.17031). With `--against` the rival is the response in another samples
         --judge_model gpt-4o-2024-08-06 --output_dir runs/judge
 
 Any server that speaks OpenAI's chat-completions protocol will do: name it with `--judge_base_url`. It writes
-verdicts.jsonl (one line per verdict, with the raw reply), summary.json (the figures), report.png (a picture of them)
-and args.json (flags and versions). Each verdict is on disk as soon as it arrives: run the same command again after a
-crash, or with more files behind `--samples`, and only what is missing is asked.
+verdicts.jsonl (one line per verdict, with the raw reply), summary.json (the figures), report.png (a picture of them),
+report.html (all posts and replies, to read in a browser) and args.json (flags and versions). Each verdict is on disk as
+soon as it arrives: run the same command again after a crash, or with more files behind `--samples`, and only what is
+missing is asked.
 
 What differs from published implementations, on purpose:
  1. Judges prefer a position, so each pair is judged in both orders; a split verdict is a tie and counts half
@@ -24,13 +25,12 @@ What differs from published implementations, on purpose:
 """
 
 import asyncio
+import base64
 import csv
 import hashlib
 import json
 import os
 import re
-import shutil
-import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -572,6 +572,34 @@ def draw_report(summary: dict, path: str):
     os.replace(f"{path}.tmp", path)
 
 
+def write_page(samples: dict[str, Rows], summary: dict, measure, args: Args):
+    """report.html: every post with its summaries and the judge's replies, to be read in a browser."""
+    template = Path(__file__).resolve().parent / "benchmark/judges/report.html"
+    if not template.exists():
+        return say(f"report.html is not written: there is no {template}")
+    from jinja2 import Environment
+    lines = map(json.loads, Path(args.output_dir, "verdicts.jsonl").read_text().splitlines())
+    replies = {(line["samples"], line["id"], line["response_was_shown_as"]): line for line in lines}
+    posts = {}
+    for path, rows in samples.items():
+        for post_id, row in rows.items():
+            shown = shown_as(args.order, args.seed, post_id)
+            keys = [(os.path.normpath(path), post_id, letter) for letter in shown]
+            verdicts = [{name: replies[key][name] for name in ("preferred", "reply")} for key in keys]
+            for letter, verdict in zip(shown, verdicts):
+                verdict["shown"] = letter
+            score = post_score([verdict["preferred"] for verdict in verdicts])
+            system = {"name": path, "response": row["response"], "verdicts": verdicts}
+            system["outcome"] = {1: "won", 0: "lost", 0.5: "split", None: "unparsed"}[score]
+            ratio = np.exp(log_length_ratio(measure(row["response"]), measure(row["reference"])))
+            system["length_ratio"] = float(ratio)
+            post = {"id": post_id, "query": row["query"], "reference": row["reference"], "systems": []}
+            posts.setdefault((post_id, row["query"], row["reference"]), post)["systems"].append(system)
+    picture = base64.b64encode(Path(args.output_dir, "report.png").read_bytes()).decode()
+    page = Environment(autoescape=True).from_string(template.read_text(encoding="utf-8"))
+    write_text(f"{args.output_dir}/report.html", page.render(posts=[*posts.values()], summary=summary, picture=picture))
+
+
 def print_summary(summary: dict):
     """The main figures for people."""
     names = ("win_rate", "win_rate_ci95", "n", "ties", "unparsed", "position_bias", "length_controlled_win_rate")
@@ -634,11 +662,9 @@ def claim_folder(folder: str) -> FileLock:
 
 
 def write_args(args: Args):
-    """Write args.json: flags, versions and the commit, so that a figure can be traced."""
-    git = [shutil.which("git") or "false", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
+    """Write args.json: flags and versions, so that a figure can be traced."""
     record = {"script": "eval_judge.py", "args": asdict(args), "command": sys.argv, "seed": args.seed}
     record["versions"] = {name: version(name) for name in ("openai", "numpy", "scipy", "scikit-learn")}
-    record["git_commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     write_text(f"{args.output_dir}/args.json", json.dumps(record, indent=2) + "\n")
 
 
@@ -706,6 +732,7 @@ def main():
             summary |= {"prompt_sha256": sha256(template)} | summarise(samples, verdicts, measure, unit, args)
             write_text(f"{args.output_dir}/summary.json", json.dumps(summary, indent=2) + "\n")
             draw_report(summary, f"{args.output_dir}/report.png")
+            write_page(samples, summary, measure, args)
             print_summary(summary)
     except JudgeError as error:
         fail(f"{error}; {kept}")

@@ -80,14 +80,14 @@ class Args:
     resume: bool = False  # continue the run in --output_dir from its newest checkpoint, if there is one
     save_every: int = 100  # updates between checkpoints; 0: only when a signal stops the run
     keep: int = 2  # number of checkpoints to keep: the newest ones
-    bf16: bool = False  # compute in bfloat16, with fp32 parameters (Detail 8); decides, whatever the launcher says
+    bf16: bool = False  # compute in bfloat16, with fp32 parameters (Detail 8); overrides the launcher's setting
     offload: bool = False  # keep reference policy and reward model in CPU memory while they are not used (Detail 8)
     # ---- Models and data ----
     sft_model_path: str = "models/sft"  # initial policy, and reference: an output folder of sft.py, or a model
     reward_model_path: str = "models/reward"  # also the initial value model: a folder of reward.py, or a model
     # posts with columns id, subreddit, title, post, summary: a hub id or a folder (see `read_rows`)
     query_dataset: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered_oai_preprocessing_1706381144"
-    max_query_length: int = 512  # longest query in tokens; a longer post is cut at its last newline, again and again
+    max_query_length: int = 512  # longest query in tokens; a longer post is cut at its last newline, repeatedly
     max_response_length: int = 53  # longest reference summary in tokens, EOS included, as in SFT
     max_query_response_length: int = 562  # longest query plus reference summary in tokens, as in SFT
     # ---- Batches ----
@@ -127,17 +127,17 @@ class Args:
     hf_repo_id: Optional[str] = None  # repository (user/name) for --push_to_hub
 
 
-# Flags that --resume may change. All others, and the batch size, decide what a run computes.
+# Flags that --resume may change; other shapes of batches round, and sample, differently.
 MAY_CHANGE = """exp_name output_dir resume save_every keep offload local_micro_batch_size gradient_accumulation_steps
     local_rollout_forward_batch_size gradient_checkpointing run_eval eval_split max_eval_rows local_eval_batch_size
     eval_temperature print_samples_every track wandb_project_name wandb_entity push_to_hub hf_repo_id""".split()
-INVALID_LOGPROB = 1.0  # filler after the end of a response: no logprob is positive, and in a ratio fillers cancel
+INVALID_LOGPROB = 1.0  # filler after the end of a response: no logprob is positive; in KL and ratio, fillers cancel
 
 
 @dataclass
 class Networks:
     model: nn.Module  # PolicyAndValue, wrapped by DDP or DeepSpeed: the two trained networks
-    reference: nn.Module  # frozen causal language model
+    ref_policy: nn.Module  # frozen causal language model
     reward_model: nn.Module  # frozen ScalarModel
     tokenizer: Any  # the one that all of them share
 
@@ -187,10 +187,9 @@ def train(args, accelerator: Accelerator, nets: Networks, optimizer, posts: list
 @torch.no_grad()
 def rollout(args, accelerator: Accelerator, nets: Networks, query_tokens: list, update: int) -> dict:
     """
-    Sample one response to each query of this process, and score those of all: the global batch, equal on every process.
-
-    It holds queries (B, Q), left-padded, responses (B, R), right-padded, and for these the outputs of `response_masks`
-    and `score`; scores (B,), the reward model's with the penalty for a missing EOS; row_lengths (B,), in tokens.
+    Sample a response to each query of this process, gather, and score. Returns the global batch, the same on all
+    processes: queries (B, Q), left-padded; responses (B, R), right-padded; what `response_masks` and `forward_all` give
+    for them; scores (B,), the reward model's with the penalty for a missing EOS; row_lengths (B,), in tokens.
     """
     pad = nets.tokenizer.pad_token_id
     seed_everything(args.seed, accelerator.process_index, update)
@@ -210,7 +209,7 @@ def rollout(args, accelerator: Accelerator, nets: Networks, query_tokens: list, 
     scored = []
     for minibatch in draw_minibatches(args, batch, update, epoch=0):
         for rows in micro_batches(args, accelerator, minibatch, batch["row_lengths"]):
-            found = score(accelerator, nets, batch["queries"][rows], batch["responses"][rows], args.temperature)
+            found = forward_all(accelerator, nets, batch["queries"][rows], batch["responses"][rows], args.temperature)
             scored.append(found)
             rows_done.extend(rows)
     move_frozen(args, accelerator, nets, "cpu")
@@ -226,13 +225,13 @@ def rollout(args, accelerator: Accelerator, nets: Networks, query_tokens: list, 
 
 @torch.no_grad()
 def sample_responses(args, accelerator, policy, tokenizer, query_tokens: list, temperature: float, size: int) -> dict:
-    """Sample a response to each query, `size` at a time: left-padded queries (B, Q), right-padded responses (B, R)."""
+    """Sample a response to each query, `size` at a time. Left-padded queries (B, Q), right-padded responses (B, R)."""
     config = GenerationConfig(  # what is not stated here, `generate` takes from the model's own generation config
         do_sample=True,
         temperature=temperature + 1e-7,
         top_k=0,
         top_p=1.0,
-        # Detail 23 (EOS trick, 1 and 2): sample to the full length, and replace what follows the first EOS by [PAD].
+        # Detail 23 (EOS trick, 1 and 2): as if sampled to the full length, with [PAD] for all after the first EOS.
         max_new_tokens=args.response_length,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -256,7 +255,7 @@ def sample_responses(args, accelerator, policy, tokenizer, query_tokens: list, t
 def response_masks(responses: torch.Tensor, pad_token_id: int) -> dict:
     """
     For responses (B, R) with [PAD] after their EOS: sequence_lengths (B,), the INDEX of the last token; padding_mask
-    (B, R), True after the last token; padding_mask_p1 (B, R), True from two after the last token on.
+    (B, R), True after the last token; padding_mask_p1 (B, R), True from the second position after it.
 
     >>> response_masks(torch.tensor([[5, 0, 9, 9]]), pad_token_id=9)["padding_mask_p1"]   # a token, EOS (0), padding
     tensor([[False, False, False,  True]])
@@ -269,10 +268,10 @@ def response_masks(responses: torch.Tensor, pad_token_id: int) -> dict:
 
 
 @torch.no_grad()
-def score(accelerator: Accelerator, nets: Networks, queries, responses, temperature: float) -> dict:
+def forward_all(accelerator: Accelerator, nets: Networks, queries, responses, temperature: float) -> dict:
     """
     What the four networks say of queries (B, Q) and responses (B, R): logprobs and ref_logprobs (B, R),
-    INVALID_LOGPROB after the end; values (B, R), 0 from two after the last token on; rm_scores (B,).
+    INVALID_LOGPROB after the end; values (B, R), 0 from the second position after the last token on; rm_scores (B,).
     """
     pad = nets.tokenizer.pad_token_id
     token_ids, positions = join_rows(queries, responses, pad)  # (B, T), (B, R)
@@ -280,7 +279,7 @@ def score(accelerator: Accelerator, nets: Networks, queries, responses, temperat
         # Detail P (old logprobs): from a full forward pass, as in training. Sampling with a KV cache rounds
         # differently, and in bf16 the first ratios would be off 1 by several percent.
         logprobs, _, values = accelerator.unwrap_model(nets.model)(queries, responses, temperature)
-        ref_logprobs, _ = response_logprobs(nets.reference, token_ids, positions, responses, pad, temperature)
+        ref_logprobs, _ = response_logprobs(nets.ref_policy, token_ids, positions, responses, pad, temperature)
         rm_scores = nets.reward_model(token_ids, last_token_idx(token_ids, pad)).squeeze(1)
     # Detail V (values before truncation): the published code reads the values of the sequence as sampled. The model is
     # causal and the last value used is that at EOS, so the values of the truncated sequence are the same.
@@ -316,8 +315,8 @@ def last_token_idx(token_ids: torch.Tensor, pad_token_id: int) -> torch.Tensor:
 
 def response_logprobs(policy, token_ids, positions, responses, pad_token_id: int, temperature: float):
     """
-    For the rows (B, T) and positions (B, R) of `join_rows`: the logprob of each response token under the distribution
-    it was sampled from, INVALID_LOGPROB after the end, and the entropy of that distribution, 0 after the end: (B, R).
+    For the rows (B, T) and positions (B, R) of `join_rows`: the logprob of each response token at the sampling
+    temperature, INVALID_LOGPROB after the end, and the entropy of the distribution, 0 after the end: (B, R) each.
     """
     valid = responses != pad_token_id  # (B, R)
     # The logits at a position predict the NEXT token. Those of the prompt, nine in ten, are never computed.
@@ -347,8 +346,8 @@ def compute_advantages(args, batch: dict) -> dict:
     """From the rollout batch: kl, rewards, advantages and returns, (B, R) each."""
     valid = ~batch["padding_mask"]
     valid_p1 = ~batch["padding_mask_p1"]
-    # Detail K (k1 estimate): the KL is the log-ratio of the sampled tokens; summed over a response it is >= 0 only in
-    # expectation. After the end both logprobs are the same filler, so it is 0.
+    # Detail K (k1 estimator): the log-ratio of the sampled tokens, which is unbiased and can be negative for a sample.
+    # After the end both logprobs are the same filler, so it is 0.
     kl = batch["logprobs"] - batch["ref_logprobs"]  # (B, R)
     rewards = place_rewards(kl, batch["scores"], batch["sequence_lengths"], args.kl_coef)
     # Detail 24 (reward whitening): optional, off in the released runs. The mean is not shifted, since its sign matters.
@@ -381,8 +380,7 @@ def place_rewards(kl: torch.Tensor, scores: torch.Tensor, sequence_lengths: torc
 
 def whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:
     """Standard deviation 1, and mean 0 if `shift_mean`, over the entries of (B, R) where `mask`."""
-    mean = values[mask].mean()
-    variance = ((values[mask] - mean) ** 2).mean()  # biased
+    variance, mean = torch.var_mean(values[mask], correction=0)
     whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
     return whitened if shift_mean else whitened + mean
 
@@ -419,11 +417,11 @@ def ppo_update(args, accelerator: Accelerator, model, optimizer, batch: dict, up
             num_values = (~batch["padding_mask_p1"][minibatch]).sum()
             sums = defaultdict(float)
             for rows in micro_batches(args, accelerator, minibatch, batch["row_lengths"]):
-                micro_batch = {name: tensor[rows] for name, tensor in batch.items()}
+                micro_batch = {name: value[rows] for name, value in batch.items()}
                 with accelerator.accumulate(model):
                     output = model(micro_batch["queries"], micro_batch["responses"], args.temperature)
                     loss, stats = ppo_loss(args, micro_batch, *output, num_tokens, num_values)
-                    # accelerate divides by the accumulation steps and averages over the processes; both are undone.
+                    # A global mean already: that accelerate divides by accumulation steps and processes is undone.
                     accelerator.backward(loss * args.gradient_accumulation_steps * accelerator.num_processes)
                     if accelerator.sync_gradients:  # the norm of the whole gradient; nothing is clipped (Detail 20)
                         grad_norms.append(float(accelerator.clip_grad_norm_(model.parameters(), math.inf)))
@@ -459,10 +457,10 @@ def ppo_loss(args, batch: dict, logprobs, entropy, values, num_tokens, num_value
     valid entries of the whole minibatch. Returns the loss (scalar) and its statistics, by the names they are logged by.
     Added up over the micro-batches, losses and statistics are means over the minibatch.
     """
-    # Detail W (valid tokens): all sums are over real tokens. A mean that counts padding is too small by 53 / length.
+    # Detail W (valid tokens): all sums are over real tokens. Means over padding too would be small for short responses.
     valid = ~batch["padding_mask"]
     valid_p1 = ~batch["padding_mask_p1"]
-    # Policy loss, the larger of two: nothing is gained beyond the clip range, but what gets worse always costs.
+    # Policy loss: a pessimistic bound, the larger of the unclipped and the clipped loss.
     ratio = torch.exp(logprobs - batch["logprobs"])
     pg_losses = -batch["advantages"] * ratio
     pg_losses_clipped = -batch["advantages"] * ratio.clamp(1.0 - args.cliprange, 1.0 + args.cliprange)
@@ -550,7 +548,7 @@ def prepare_frozen(args, accelerator: Accelerator, model):
 def move_frozen(args, accelerator: Accelerator, nets: Networks, device):
     """With --offload, move the frozen models to the device before scoring, and to the CPU after it (Detail 8)."""
     if args.offload and accelerator.distributed_type != DistributedType.DEEPSPEED:  # which moves them itself
-        nets.reference.to(device)
+        nets.ref_policy.to(device)
         nets.reward_model.to(device)
 
 
@@ -560,10 +558,10 @@ def model_folder(path: str) -> str:
 
 
 def load_model(model_class, path: str, tokenizer, positions: int, flag: str, new_head: bool = False):
-    """A model in fp32, without dropout, with a row for every token id; and the names of weights it has no place for."""
+    """A model in fp32, without dropout, with a row for every token id; also the names of unexpected weights."""
     with explain(f"{flag} {path}: cannot be loaded as {model_class.__name__}"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        config._attn_implementation = None  # whatever the file says, transformers chooses the attention kernel
+        config._attn_implementation = None  # ignore the saved one: transformers chooses the kernel
         # Detail 7 (dropout off): with dropout, every forward pass gives other logprobs: the KL penalty is noise and
         # PPO's first ratios are not 1. Set in the config, from which GPT-NeoX's attention reads it.
         for name, value in config.to_dict().items():
@@ -592,7 +590,7 @@ def load_model(model_class, path: str, tokenizer, positions: int, flag: str, new
     for problem, found in problems.items():
         if found:
             fail(f"{flag} {path}: {problem}")
-    if len(tokenizer) > rows:  # Pythia has spare rows for [PAD]; others get one, the mean of the rest, never read
+    if len(tokenizer) > rows:  # Pythia has spare rows for [PAD]; others get one, the mean of the rest
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         for layer in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:  # may be tied, or one
             layer.weight.data[rows:] = layer.weight.data[:rows].mean(0)
@@ -609,7 +607,7 @@ def load_causal_lm(path: str, tokenizer, positions: int, flag: str):
     model.generation_config = GenerationConfig(**ids)
     # The scripts pad on the right and pass no attention mask: a model that looks to the right cannot work.
     token_ids = torch.arange(8)[None] % tokenizer.vocab_size
-    keep = token_ids < 4
+    keep = torch.arange(8)[None] < 4
     with torch.no_grad(), explain(f"{flag} {path}: {type(model).__name__} does not know logits_to_keep"):
         logits = model.eval()(input_ids=token_ids, logits_to_keep=keep).logits
         difference = logits - model(input_ids=token_ids[:, :4], logits_to_keep=keep[:, :4]).logits
@@ -751,9 +749,9 @@ def load_posts(args, split: str, tokenizer, accelerator: Accelerator) -> list[di
     # Detail 1 (specification): the columns and splits of the paper's TL;DR set.
     rows = read_rows(args.query_dataset, split, ["id", "subreddit", "title", "post", "summary"], "--query_dataset")
     posts = [tokenize_post(args, row, tokenizer) for row in rows]
-    first = {post["id"]: post for post in reversed(posts)}
+    first = {post["id"]: post for post in reversed(posts) if not post["problem"]}
     for post in posts:
-        if first[post["id"]] is not post and not post["problem"]:  # the judge joins samples by id
+        if not post["problem"] and first[post["id"]] is not post:  # samples are matched by their id
             post["problem"] = "the id occurs twice"
     return keep_usable(posts, f"--query_dataset {args.query_dataset}, {split}", accelerator)
 
@@ -774,7 +772,7 @@ def keep_usable(rows: list[dict], where: str, accelerator: Accelerator) -> list[
 def take_rows(num_rows: int, seed: int, start: int, stop: int) -> np.ndarray:
     """Row numbers at positions start .. stop - 1 of the endless stream of rows, which has a new order in every pass."""
     # Detail S (data order): every process computes the same stream from the same seed and takes its own share.
-    # Shuffling with a seed per process and sharding after that lets 8 processes see 66% of the rows in an epoch.
+    # If each shuffled with a seed of its own before taking its share, 8 processes would see 66% of the rows.
     passes = range(start // num_rows, (stop - 1) // num_rows + 1)
     stream = np.concatenate([np.random.default_rng([seed, epoch]).permutation(num_rows) for epoch in passes])
     return stream[start - passes[0] * num_rows :][: stop - start]
@@ -842,7 +840,7 @@ def evaluate(args, accelerator: Accelerator, nets: Networks, posts: list[dict]) 
         part = mine[start : start + size]
         tokens = [post["query_tokens"] for post in part]
         batch = sample_responses(args, accelerator, policy, nets.tokenizer, tokens, args.eval_temperature, size)
-        batch |= score(accelerator, nets, batch["queries"], batch["responses"], args.temperature)
+        batch |= forward_all(accelerator, nets, batch["queries"], batch["responses"], args.temperature)
         references = pad_rows([post["tokens"] for post in part], pad, "right", accelerator.device)  # (B, T)
         with accelerator.autocast():
             reference_scores = nets.reward_model(references, last_token_idx(references, pad)).squeeze(1)
@@ -850,7 +848,7 @@ def evaluate(args, accelerator: Accelerator, nets: Networks, posts: list[dict]) 
         columns = {
             "score": penalize_missing_eos(batch["rm_scores"], responses, eos, args.missing_eos_penalty),
             "reference_score": reference_scores,
-            "kl": (batch["logprobs"] - batch["ref_logprobs"]).sum(1),
+            "kl": (batch["logprobs"] - batch["ref_logprobs"]).sum(1),  # at the rollout's temperature
             "response_length": (responses != pad).sum(1),
             "eos_share": (responses == eos).any(1),
         }
@@ -875,7 +873,7 @@ def evaluate(args, accelerator: Accelerator, nets: Networks, posts: list[dict]) 
 def fail(message: str):
     """End the run with one clear line on stderr and exit code 2: for what the user can fix, not for bugs."""
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(5)  # what rank 0 meets as well, rank 0 says: the launcher ends the others meanwhile
+        time.sleep(5)  # rank 0 usually reports the same error, and the launcher then ends this process
     tqdm.write(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -891,7 +889,7 @@ def explain(message: str):
 
 @contextmanager
 def atomic(path: str):
-    """Write a file or a folder atomically: gives a temporary name, which is renamed at the end."""
+    """Write a file or a folder to a temporary name, which this gives, and rename it at the end."""
     temporary = f"{path}.tmp"
     try:
         with explain(f"{path} cannot be written: make room, then continue with --resume"):
@@ -972,7 +970,7 @@ def open_run(args, accelerator: Accelerator, batch_size: int) -> dict:
             os.makedirs(args.output_dir, exist_ok=True)
             accelerator.lock = FileLock(f"{args.output_dir}/.lock")
             accelerator.lock.acquire(timeout=0)  # until the process ends
-        names = [name for name in os.listdir(args.output_dir) if not re.fullmatch(r"\..*|wandb|.*\.log", name)]
+        names = [name for name in os.listdir(args.output_dir) if not re.fullmatch(r"\..*|wandb|.*\.(log|tmp)", name)]
         if names and not (args.resume and "args.json" in names):
             fail(f"{where} is not empty ({min(names)}): name another folder, or continue its run with --resume")
         if names:
@@ -985,7 +983,7 @@ def open_run(args, accelerator: Accelerator, batch_size: int) -> dict:
                     fail(f"{where} holds a run with {name} {value}, not {now[name]}: pass that, or another folder")
             record["finished"] = "summary.json" in names
     record = broadcast_object_list([record])[0]
-    if record["finished"]:
+    if record.pop("finished"):
         accelerator.print(f"{args.output_dir} holds a finished run: there is nothing left to do")
         raise SystemExit(0)
     if args.track:
@@ -1007,9 +1005,11 @@ def start_run(args, accelerator: Accelerator, record: dict, batch_size: int, dig
 
     def receive(number, frame):
         accelerator.signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        if accelerator.signals.count(signal.SIGINT) > 2:
+            raise KeyboardInterrupt
 
-    # SIGTERM (preemption) and SIGINT (Ctrl-C) end the run after the update; a second one ends it at once.
+    # SIGTERM (preemption) and SIGINT (Ctrl-C) end the run after the update. A launcher passes on what its processes
+    # have received already; so only a third Ctrl-C ends the run at once.
     accelerator.signals = []
     signal.signal(signal.SIGTERM, receive)
     signal.signal(signal.SIGINT, receive)
@@ -1018,23 +1018,22 @@ def start_run(args, accelerator: Accelerator, record: dict, batch_size: int, dig
     folders = checkpoints(args)
     update = int(folders[-1][-8:]) if folders else 0
     if folders:
-        with explain(f"{folders[-1]} cannot be loaded: without it, --resume continues from the one before"):
+        with explain(f"{folders[-1]} cannot be loaded (by as many processes?): without it, the one before is taken"):
             accelerator.load_state(folders[-1])
         accelerator.step = 0  # accelerate's count of micro-batches, whose size may have changed
-    if args.resume:
         accelerator.print(f"{args.output_dir}: resuming after update {update}")
     if accelerator.is_main_process:
-        path = Path(f"{args.output_dir}/metrics.jsonl")
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        if len(lines) < update:
-            fail(f"{path} has {len(lines)} lines for {update} updates: put back what is missing")
-        write_text(str(path), "".join(lines[:update]))  # what follows the checkpoint is computed and logged again
         packages = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "tokenizers", "numpy")
         record |= {"script": os.path.basename(__file__), "args": vars(args), "command": sys.argv}
         record |= {"batch_size": batch_size, "digest": digest, "versions": {name: version(name) for name in packages}}
         record["launch"] = f"{accelerator.num_processes} x {accelerator.device}, {accelerator.distributed_type.value}"
         record.setdefault("resumed_after_updates", []).extend([update] * args.resume)
         write_text(f"{args.output_dir}/args.json", json.dumps(record, indent=2) + "\n")
+        path = Path(f"{args.output_dir}/metrics.jsonl")
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        if len(lines) < update:
+            fail(f"{path} has {len(lines)} lines for {update} updates: put back what is missing")
+        write_text(str(path), "".join(lines[:update]))  # what follows the checkpoint is computed and logged again
     accelerator.wait_for_everyone()
     return update
 
@@ -1118,7 +1117,7 @@ def finish_run(args, accelerator: Accelerator, summary: dict):
 def main():
     # 1. Flags and the output folder. Batch = micro-batch x accumulation x processes x minibatches.
     args = tyro.cli(Args, use_underscores=True, description=__doc__)
-    may_be_zero = "seed total_episodes save_every print_samples_every kl_coef vf_coef gamma lam"
+    may_be_zero = "seed total_episodes save_every print_samples_every kl_coef vf_coef gamma lam eval_temperature"
     check_flags(args, may_be_zero, any_number="missing_eos_penalty")
     if max(args.gamma, args.lam) > 1:
         fail("--gamma and --lam must be between 0 and 1")
@@ -1143,9 +1142,9 @@ def main():
     eval_posts = load_posts(args, args.eval_split, tokenizer, accelerator) if args.run_eval else []
 
     # 3. Four networks, which share nothing, and the optimizer.
-    positions = args.max_query_length + args.response_length
+    positions = max(args.max_query_length + args.response_length, args.max_query_response_length * args.run_eval)
     policy = load_causal_lm(sft_path, tokenizer, positions, "--sft_model_path")
-    reference = load_causal_lm(sft_path, tokenizer, positions, "--sft_model_path")
+    ref_policy = load_causal_lm(sft_path, tokenizer, positions, "--sft_model_path")
     value_model = ScalarModel(load_classifier(reward_path, tokenizer, positions, "--reward_model_path"))
     reward_model = ScalarModel(load_classifier(reward_path, tokenizer, positions, "--reward_model_path"))
     if args.gradient_checkpointing:
@@ -1153,21 +1152,23 @@ def main():
             network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = PolicyAndValue(policy, value_model, tokenizer.pad_token_id)
     digest = fingerprint([post["tokens"] for post in posts], model)
-    # Detail E (Adam): PyTorch's AdamW adds eps after the bias correction; TensorFlow's Adam takes other steps.
+    # Detail E (Adam): PyTorch adds eps after the bias correction, TensorFlow before: early steps differ.
     # Detail 20 (settings): eps 1e-5, weight decay 0.01, no gradient clipping, no entropy bonus.
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, eps=args.eps, betas=(0.9, 0.999), weight_decay=0.01, fused=True
     )
     model, optimizer = accelerator.prepare(model, optimizer)
-    reference = prepare_frozen(args, accelerator, reference)
+    ref_policy = prepare_frozen(args, accelerator, ref_policy)
     reward_model = prepare_frozen(args, accelerator, reward_model)
-    nets = Networks(model, reference, reward_model, tokenizer)
+    nets = Networks(model, ref_policy, reward_model, tokenizer)
 
     # 4. Train, save, evaluate.
     first_update = start_run(args, accelerator, record, batch_size, digest)
     started = time.time()
     train(args, accelerator, nets, optimizer, posts, batch_size, range(first_update, num_updates))
-    summary = {"updates": num_updates, "episodes": num_updates * batch_size, "time/train": time.time() - started}
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    summary = {"updates": num_updates, "episodes": num_updates * batch_size, "time/total": time.time() - started}
     if num_updates > 0 and accelerator.is_main_process:
         save_model(accelerator.unwrap_model(model).policy, tokenizer, "left", args.output_dir)
         last = json.loads(open(f"{args.output_dir}/metrics.jsonl", encoding="utf-8").readlines()[-1])

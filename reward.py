@@ -78,7 +78,7 @@ class Args:
     resume: bool = False  # continue the run in --output_dir from its newest checkpoint, if there is one
     save_every: int = 100  # updates between checkpoints; 0: only when a signal stops the run
     keep: int = 2  # number of checkpoints to keep: the newest ones
-    bf16: bool = False  # compute in bfloat16, with fp32 parameters (Detail 8); decides, whatever the launcher says
+    bf16: bool = False  # compute in bfloat16, with fp32 parameters (Detail 8); overrides the launcher's setting
     # ---- Model and data ----
     sft_model_path: str = "models/sft"  # the model to start from: an output folder of sft.py, or a model
     reward_model_path: Optional[str] = None  # start from this reward model, not from a new head on the SFT model
@@ -86,7 +86,7 @@ class Args:
     label_dataset: str = "vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144"
     # posts whose summaries define the score 0
     query_dataset: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered_oai_preprocessing_1706381144"
-    max_query_length: int = 512  # longest query in tokens; a longer post is cut at its last newline, again and again
+    max_query_length: int = 512  # longest query in tokens; a longer post is cut at its last newline, repeatedly
     max_response_length: int = 169  # longest summary in tokens, EOS included; a longer one is left out
     max_query_response_length: int = 638  # longest query plus summary in tokens; a longer one is left out
     max_cnndm_query_length: int = 1919  # like --max_query_length, for the CNN/DM articles of the evaluation
@@ -115,7 +115,7 @@ class Args:
     hf_repo_id: Optional[str] = None  # repository (user/name) for --push_to_hub
 
 
-# Flags that --resume may change. All others, and the batch size, decide what a run computes.
+# Flags that --resume may change; other shapes of batches round, and sample, differently.
 MAY_CHANGE = """exp_name output_dir resume save_every keep local_micro_batch_size gradient_accumulation_steps
     gradient_checkpointing run_eval eval_split max_eval_rows local_eval_batch_size track wandb_project_name wandb_entity
     push_to_hub hf_repo_id""".split()
@@ -146,7 +146,7 @@ def train(args, accelerator: Accelerator, model, optimizer, pad_token_id: int, p
             with accelerator.accumulate(model):
                 chosen, rejected = model(token_ids).chunk(2)  # (B / 2,) each
                 losses = pairwise_loss(chosen, rejected)  # (B / 2,)
-                # accelerate divides by the accumulation steps and averages over the processes; both are undone.
+                # A global mean already: that accelerate divides by accumulation steps and processes is undone.
                 scale = args.gradient_accumulation_steps * accelerator.num_processes
                 accelerator.backward(losses.sum() / batch_size * scale)
                 if accelerator.sync_gradients:  # the norm of the whole gradient; nothing is clipped
@@ -218,7 +218,7 @@ def init_head(model):
 def normalize(args, accelerator: Accelerator, model: RewardModel, pad_token_id: int, posts: list[dict]):
     """Measure the mean score of the human summaries, and put it into the config as the offset of all scores."""
     # Detail 15 (normalisation): after training, so that a human summary scores 0 on average. Offset only, no gain. PPO
-    # needs it: a response without EOS gets the score -1, which must be bad among the others.
+    # needs it: a response without EOS gets the score -1, which must be clearly below that of good ones.
     tokens = [post["tokens"] for post in posts[: args.normalization_rows]]
     offset = float(raw_scores(args, accelerator, model, pad_token_id, tokens).mean())
     model.classifier.config.normalization_offset = offset
@@ -245,42 +245,20 @@ def raw_scores(args, accelerator: Accelerator, model, pad_token_id: int, tokens:
 
 
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
-def wilson_interval(wins: int, number: int) -> tuple[float, float]:
-    """95% Wilson score interval of a share: right for few pairs, and for shares near 0 and 1."""
-    interval = binomtest(int(wins), number).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
-
-
 def accuracy_rows(margins: pd.Series, groups: pd.Series) -> list[dict]:
-    """Accuracy (chosen above rejected: margin > 0) in each group, with its interval and the number of pairs."""
-    rows = []
-    for name, part in margins.groupby(groups):
-        low, high = wilson_interval((part > 0).sum(), len(part))
-        row = {"group": str(name), "n": len(part), "accuracy": float((part > 0).mean())}
-        rows.append(row | {"low": low, "high": high})
-    return rows
-
-
-def calibration_rows(margins: np.ndarray) -> list[dict]:
     """
-    Accuracy by margin: in each bin of |margin|, the share of pairs whose preferred summary scores higher, and what the
-    model claims, the mean of sigmoid(|margin|).
+    In each group of pairs: n; accuracy, the share whose chosen summary scores higher (margin > 0), and its 95% Wilson
+    interval, low to high; margin, the mean |margin|; claimed, what the model claims, the mean of sigmoid(|margin|).
     """
     rows = []
-    for low, high in zip(MARGIN_EDGES, MARGIN_EDGES[1:]):
-        part = margins[(np.abs(margins) >= low) & (np.abs(margins) < high)]  # of both signs
-        if len(part):
-            interval = wilson_interval((part > 0).sum(), len(part))
-            row = {"bin": f"{low:g} to {high:g}", "margin": float(np.abs(part).mean()), "n": len(part)}
-            row |= {"accuracy": float((part > 0).mean()), "low": interval[0], "high": interval[1]}
-            rows.append(row | {"claimed": float((1 / (1 + np.exp(-np.abs(part)))).mean())})
+    for name, part in margins.groupby(groups, observed=True):
+        wins = int((part > 0).sum())
+        interval = binomtest(wins, len(part)).proportion_ci(method="wilson")
+        row = {"group": str(name), "n": len(part), "accuracy": wins / len(part)}
+        row |= {"low": float(interval.low), "high": float(interval.high)}
+        row |= {"margin": float(part.abs().mean()), "claimed": float((1 / (1 + np.exp(-part.abs()))).mean())}
+        rows.append(row)
     return rows
-
-
-def describe(scores: np.ndarray) -> dict:
-    """Mean, standard deviation and quantiles of some scores."""
-    quantiles = {f"q{q:02d}": float(np.quantile(scores, q / 100)) for q in (5, 25, 50, 75, 95)}
-    return {"n": len(scores), "mean": float(scores.mean()), "std": float(scores.std())} | quantiles
 
 
 def evaluate(args, accelerator: Accelerator, model: RewardModel, pad_token_id: int, pairs, cnndm, posts) -> dict:
@@ -302,12 +280,13 @@ def evaluate(args, accelerator: Accelerator, model: RewardModel, pad_token_id: i
         return {}
     # Detail 16 (accuracy): overall, by batch, by the confidence of the label, by pair of policies.
     # Detail 17 (out of distribution): the same, unchanged, on news articles.
-    # Detail 19 (calibration): published models claim more than they keep, at every margin.
+    # Detail 19 (calibration): published models are over-confident at every margin.
     groups = {"batch": table.batch, "confidence": table.confidence, "policy pair": table.policies}
     report = {f"accuracy by {name}": accuracy_rows(table.margin, group) for name, group in groups.items()}
     report["accuracy on CNN/DM by batch"] = accuracy_rows(news.margin, news.batch)
-    report["calibration"] = calibration_rows(table.margin.to_numpy())
-    report["scores of reference summaries"] = [{"": "raw"} | describe(raw), {"": "normalised"} | describe(raw - offset)]
+    report["calibration"] = accuracy_rows(table.margin, pd.cut(table.margin.abs(), MARGIN_EDGES, right=False))
+    scores = pd.DataFrame({"raw": raw, "normalised": raw - offset}).describe([0.05, 0.25, 0.5, 0.75, 0.95])
+    report["scores of reference summaries"] = scores.T.reset_index(names="scores").to_dict("records")
     for title, rows in report.items():
         if rows:
             print(f"\n{title}\n{pd.DataFrame(rows).to_string(index=False, float_format='{:.3f}'.format)}")
@@ -316,9 +295,9 @@ def evaluate(args, accelerator: Accelerator, model: RewardModel, pad_token_id: i
     write_text(f"{stem}.json", json.dumps(report, indent=2) + "\n")
     csv_text = table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC)  # an unquoted "\r" in a text would end its row
     write_text(f"{args.output_dir}/pairs_{args.eval_split}.csv", csv_text)
-    low, high = wilson_interval((table.margin > 0).sum(), len(table))
-    results = {"eval/pairs": len(table), "eval/accuracy": float((table.margin > 0).mean())}
-    results |= {"eval/accuracy_low": low, "eval/accuracy_high": high}
+    [total] = accuracy_rows(table.margin, pd.Series("all", table.index))
+    results = {"eval/pairs": total["n"], "eval/accuracy": total["accuracy"]}
+    results |= {"eval/accuracy_low": total["low"], "eval/accuracy_high": total["high"]}
     results["eval/loss"] = float(np.logaddexp(0, -table.margin).mean())  # -log sigmoid(margin)
     if len(news):
         results |= {"eval/pairs_cnndm": len(news), "eval/accuracy_cnndm": float((news.margin > 0).mean())}
@@ -361,10 +340,10 @@ def model_folder(path: str) -> str:
 
 
 def load_model(model_class, path: str, tokenizer, positions: int, flag: str, new_head: bool = False):
-    """A model in fp32, without dropout, with a row for every token id; and the names of weights it has no place for."""
+    """A model in fp32, without dropout, with a row for every token id; also the names of unexpected weights."""
     with explain(f"{flag} {path}: cannot be loaded as {model_class.__name__}"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        config._attn_implementation = None  # whatever the file says, transformers chooses the attention kernel
+        config._attn_implementation = None  # ignore the saved one: transformers chooses the kernel
         # Detail 7 (dropout off): with dropout, every forward pass gives other logprobs: the KL penalty is noise and
         # PPO's first ratios are not 1. Set in the config, from which GPT-NeoX's attention reads it.
         for name, value in config.to_dict().items():
@@ -393,7 +372,7 @@ def load_model(model_class, path: str, tokenizer, positions: int, flag: str, new
     for problem, found in problems.items():
         if found:
             fail(f"{flag} {path}: {problem}")
-    if len(tokenizer) > rows:  # Pythia has spare rows for [PAD]; others get one, the mean of the rest, never read
+    if len(tokenizer) > rows:  # Pythia has spare rows for [PAD]; others get one, the mean of the rest
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         for layer in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:  # may be tied, or one
             layer.weight.data[rows:] = layer.weight.data[:rows].mean(0)
@@ -535,9 +514,9 @@ def load_posts(args, split: str, tokenizer, accelerator: Accelerator) -> list[di
     # Detail 1 (specification): the columns and splits of the paper's TL;DR set.
     rows = read_rows(args.query_dataset, split, ["id", "subreddit", "title", "post", "summary"], "--query_dataset")
     posts = [tokenize_post(args, row, tokenizer) for row in rows]
-    first = {post["id"]: post for post in reversed(posts)}
+    first = {post["id"]: post for post in reversed(posts) if not post["problem"]}
     for post in posts:
-        if first[post["id"]] is not post and not post["problem"]:  # the judge joins samples by id
+        if not post["problem"] and first[post["id"]] is not post:  # samples are matched by their id
             post["problem"] = "the id occurs twice"
     return keep_usable(posts, f"--query_dataset {args.query_dataset}, {split}", accelerator)
 
@@ -558,7 +537,7 @@ def keep_usable(rows: list[dict], where: str, accelerator: Accelerator) -> list[
 def take_rows(num_rows: int, seed: int, start: int, stop: int) -> np.ndarray:
     """Row numbers at positions start .. stop - 1 of the endless stream of rows, which has a new order in every pass."""
     # Detail S (data order): every process computes the same stream from the same seed and takes its own share.
-    # Shuffling with a seed per process and sharding after that lets 8 processes see 66% of the rows in an epoch.
+    # If each shuffled with a seed of its own before taking its share, 8 processes would see 66% of the rows.
     passes = range(start // num_rows, (stop - 1) // num_rows + 1)
     stream = np.concatenate([np.random.default_rng([seed, epoch]).permutation(num_rows) for epoch in passes])
     return stream[start - passes[0] * num_rows :][: stop - start]
@@ -597,7 +576,7 @@ def read_comparison(row: dict) -> dict:
         pair["id"] = str(info.get("id") or "")
         pair["batch"] = str(row.get("batch") or "")
         pair["confidence"] = str(extra.get("confidence") or "").removesuffix(".0")
-        # In an order that does not tell which policy's summary was preferred.
+        # Sorted: the pairs A | B and B | A are one group.
         pair["policies"] = " | ".join(sorted(str(summary.get("policy") or "unknown") for summary in summaries))
         subreddit, title = info.get("subreddit") or "", info.get("title") or ""
         texts = [info.get("post") or info.get("article")] + [summary.get("text") for summary in summaries]
@@ -605,7 +584,7 @@ def read_comparison(row: dict) -> dict:
             texts = [texts[0], *reversed(texts[1:])]
         pair["query"] = format_post(subreddit, title, texts[0])
         if info.get("article") and not info.get("post"):
-            # Cut with the newline after the last colon, which is stripped after that, as in the published code.
+            # Truncated including the last newline, which is stripped after that, as in the published code.
             pair["query"] = ("Article:\n", texts[0], "\n\nTL;DR:\n")
         if not is_text(subreddit) or not is_text(title):
             texts = []
@@ -661,9 +640,13 @@ def load_evaluation(args, config, tokenizer, accelerator: Accelerator) -> tuple[
     longest = min(args.max_cnndm_query_response_length, getattr(config, "max_position_embeddings", None) or math.inf)
     news_limits = (min(args.max_cnndm_query_length, longest), args.max_cnndm_response_length, longest)
     pairs = load_comparisons(args, args.eval_split, tokenizer, limits, accelerator)
-    # CNN/DM rows may be nowhere, in a split of their own, or among the others, as in OpenAI's own files.
+    # CNN/DM rows: a split of their own, among the others as in OpenAI's own files, or absent.
     news = []
-    if "validation_cnndm" in split_names(args.label_dataset):
+    if os.path.isdir(args.label_dataset):
+        own_split = any(Path(args.label_dataset).rglob("validation_cnndm*"))
+    else:
+        own_split = "validation_cnndm" in get_dataset_split_names(args.label_dataset)
+    if own_split:
         news = load_comparisons(args, "validation_cnndm", tokenizer, news_limits, accelerator)
     elif any(pair["batch"] in CNNDM_BATCHES for pair in pairs):
         everything = load_comparisons(args, args.eval_split, tokenizer, news_limits, accelerator)
@@ -674,20 +657,11 @@ def load_evaluation(args, config, tokenizer, accelerator: Accelerator) -> tuple[
     return pairs, news, load_posts(args, args.eval_split, tokenizer, accelerator)
 
 
-def split_names(source: str) -> list[str]:
-    """The names of a data set's splits; of a folder, those of its files up to the first - or dot."""
-    if os.path.isdir(source):
-        files = [file for folder, _, files in os.walk(source) for file in files + [os.path.basename(folder)]]
-        return [re.split(r"[-.]", file)[0] for file in files]
-    with explain(f"--label_dataset {source}: no such folder, and not on the hub"):
-        return get_dataset_split_names(source)
-
-
 # ---- What every long run needs. Nothing of the algorithm is below this line ------------------------------------------
 def fail(message: str):
     """End the run with one clear line on stderr and exit code 2: for what the user can fix, not for bugs."""
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(5)  # what rank 0 meets as well, rank 0 says: the launcher ends the others meanwhile
+        time.sleep(5)  # rank 0 usually reports the same error, and the launcher then ends this process
     tqdm.write(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -703,7 +677,7 @@ def explain(message: str):
 
 @contextmanager
 def atomic(path: str):
-    """Write a file or a folder atomically: gives a temporary name, which is renamed at the end."""
+    """Write a file or a folder to a temporary name, which this gives, and rename it at the end."""
     temporary = f"{path}.tmp"
     try:
         with explain(f"{path} cannot be written: make room, then continue with --resume"):
@@ -784,7 +758,7 @@ def open_run(args, accelerator: Accelerator, batch_size: int) -> dict:
             os.makedirs(args.output_dir, exist_ok=True)
             accelerator.lock = FileLock(f"{args.output_dir}/.lock")
             accelerator.lock.acquire(timeout=0)  # until the process ends
-        names = [name for name in os.listdir(args.output_dir) if not re.fullmatch(r"\..*|wandb|.*\.log", name)]
+        names = [name for name in os.listdir(args.output_dir) if not re.fullmatch(r"\..*|wandb|.*\.(log|tmp)", name)]
         if names and not (args.resume and "args.json" in names):
             fail(f"{where} is not empty ({min(names)}): name another folder, or continue its run with --resume")
         if names:
@@ -797,7 +771,7 @@ def open_run(args, accelerator: Accelerator, batch_size: int) -> dict:
                     fail(f"{where} holds a run with {name} {value}, not {now[name]}: pass that, or another folder")
             record["finished"] = "summary.json" in names
     record = broadcast_object_list([record])[0]
-    if record["finished"]:
+    if record.pop("finished"):
         accelerator.print(f"{args.output_dir} holds a finished run: there is nothing left to do")
         raise SystemExit(0)
     if args.track:
@@ -819,9 +793,11 @@ def start_run(args, accelerator: Accelerator, record: dict, batch_size: int, dig
 
     def receive(number, frame):
         accelerator.signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        if accelerator.signals.count(signal.SIGINT) > 2:
+            raise KeyboardInterrupt
 
-    # SIGTERM (preemption) and SIGINT (Ctrl-C) end the run after the update; a second one ends it at once.
+    # SIGTERM (preemption) and SIGINT (Ctrl-C) end the run after the update. A launcher passes on what its processes
+    # have received already; so only a third Ctrl-C ends the run at once.
     accelerator.signals = []
     signal.signal(signal.SIGTERM, receive)
     signal.signal(signal.SIGINT, receive)
@@ -830,23 +806,22 @@ def start_run(args, accelerator: Accelerator, record: dict, batch_size: int, dig
     folders = checkpoints(args)
     update = int(folders[-1][-8:]) if folders else 0
     if folders:
-        with explain(f"{folders[-1]} cannot be loaded: without it, --resume continues from the one before"):
+        with explain(f"{folders[-1]} cannot be loaded (by as many processes?): without it, the one before is taken"):
             accelerator.load_state(folders[-1])
         accelerator.step = 0  # accelerate's count of micro-batches, whose size may have changed
-    if args.resume:
         accelerator.print(f"{args.output_dir}: resuming after update {update}")
     if accelerator.is_main_process:
-        path = Path(f"{args.output_dir}/metrics.jsonl")
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        if len(lines) < update:
-            fail(f"{path} has {len(lines)} lines for {update} updates: put back what is missing")
-        write_text(str(path), "".join(lines[:update]))  # what follows the checkpoint is computed and logged again
         packages = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "tokenizers", "numpy")
         record |= {"script": os.path.basename(__file__), "args": vars(args), "command": sys.argv}
         record |= {"batch_size": batch_size, "digest": digest, "versions": {name: version(name) for name in packages}}
         record["launch"] = f"{accelerator.num_processes} x {accelerator.device}, {accelerator.distributed_type.value}"
         record.setdefault("resumed_after_updates", []).extend([update] * args.resume)
         write_text(f"{args.output_dir}/args.json", json.dumps(record, indent=2) + "\n")
+        path = Path(f"{args.output_dir}/metrics.jsonl")
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        if len(lines) < update:
+            fail(f"{path} has {len(lines)} lines for {update} updates: put back what is missing")
+        write_text(str(path), "".join(lines[:update]))  # what follows the checkpoint is computed and logged again
     accelerator.wait_for_everyone()
     return update
 
@@ -948,7 +923,8 @@ def main():
         classifier.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     evaluation = load_evaluation(args, classifier.config, tokenizer, accelerator) if args.run_eval else ()
     model = RewardModel(classifier)
-    digest = fingerprint([pair[side] for pair in pairs for side in ("chosen", "rejected")], model)
+    token_ids = [pair[side] for pair in pairs for side in ("chosen", "rejected")]
+    digest = fingerprint(token_ids + [post["tokens"] for post in posts], model)
     # Detail 10 (settings): AdamW with eps 1e-5, PyTorch's weight decay of 0.01, no warm-up, no gradient clipping.
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, eps=args.eps, betas=(0.9, 0.999), weight_decay=0.01, fused=True
@@ -960,7 +936,9 @@ def main():
     started = time.time()
     updates = range(first_update, num_updates)
     train(args, accelerator, model, optimizer, tokenizer.pad_token_id, pairs, batch_size, updates)
-    summary = {"updates": num_updates, "episodes": num_updates * batch_size, "time/train": time.time() - started}
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    summary = {"updates": num_updates, "episodes": num_updates * batch_size, "time/total": time.time() - started}
     model = accelerator.unwrap_model(model)
     config = model.classifier.config
     if num_updates > 0 or not args.reward_model_path:  # a model that is only evaluated keeps its offset

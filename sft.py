@@ -74,12 +74,12 @@ class Args:
     resume: bool = False  # continue the run in --output_dir from its newest checkpoint, if there is one
     save_every: int = 100  # updates between checkpoints; 0: only when a signal stops the run
     keep: int = 2  # number of checkpoints to keep: the newest ones
-    bf16: bool = False  # compute in bfloat16, with fp32 parameters (Detail 8); decides, whatever the launcher says
+    bf16: bool = False  # compute in bfloat16, with fp32 parameters (Detail 8); overrides the launcher's setting
     # ---- Model and data ----
     base_model: str = "EleutherAI/pythia-1b-deduped"  # hub id or folder of the causal language model to fine-tune
     # posts with columns id, subreddit, title, post, summary: a hub id or a folder (see `read_rows`)
     query_dataset: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered_oai_preprocessing_1706381144"
-    max_query_length: int = 512  # longest query in tokens; a longer post is cut at its last newline, again and again
+    max_query_length: int = 512  # longest query in tokens; a longer post is cut at its last newline, repeatedly
     max_response_length: int = 53  # longest response in tokens, EOS included; a longer one is left out
     max_query_response_length: int = 562  # longest query plus response in tokens; a longer row is left out and counted
     # ---- Optimization ----
@@ -107,7 +107,7 @@ class Args:
     hf_repo_id: Optional[str] = None  # repository (user/name) for --push_to_hub
 
 
-# Flags that --resume may change. All others, and the batch size, decide what a run computes.
+# Flags that --resume may change; other shapes of batches round, and sample, differently.
 MAY_CHANGE = """exp_name output_dir resume save_every keep local_micro_batch_size gradient_accumulation_steps
     gradient_checkpointing run_eval eval_split max_eval_rows local_eval_batch_size track
     wandb_project_name wandb_entity push_to_hub hf_repo_id""".split()
@@ -136,7 +136,7 @@ def train(args, accelerator: Accelerator, model, optimizer, pad_token_id: int, p
             with accelerator.accumulate(model):
                 logprobs = target_logprobs(args, accelerator, model, [posts[i] for i in mine], pad_token_id)
                 loss = -logprobs.sum() / num_targets
-                # accelerate divides by the accumulation steps and averages over the processes; both are undone.
+                # A global mean already: that accelerate divides by accumulation steps and processes is undone.
                 accelerator.backward(loss * args.gradient_accumulation_steps * accelerator.num_processes)
                 if accelerator.sync_gradients:  # the norm of the whole gradient; nothing is clipped
                     grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), math.inf))
@@ -168,8 +168,7 @@ def lr_lambda(update: int, num_updates: int, warm_up_steps: int) -> float:
 
 def first_target(args, post: dict) -> int:
     """The index of the first target among the tokens of a post."""
-    # Detail 9 (SFT loss): on query AND response. There is far more text in the posts than in the summaries, and a
-    # pretrained model adapts to it too; a model with random weights may need the response only.
+    # Detail 9 (SFT loss): on query AND response, so the model adapts to the posts too, which have far more text.
     return len(post["query_tokens"]) if args.response_loss_only else 1
 
 
@@ -180,7 +179,8 @@ def target_logprobs(args, accelerator: Accelerator, model, posts: list[dict], pa
     first = torch.tensor([first_target(args, post) for post in posts], device=accelerator.device)  # (B,)
     # Detail 3 (PAD and EOS): [PAD] is no target, EOS is one: the model learns to stop.
     targets = (token_ids != pad_token_id) & (index >= first[:, None])  # (B, T)
-    # The logits at a position predict the NEXT token. No attention mask is needed for padding on the right.
+    # Only the logits one position before each target are computed. Column 0 is never a target, so nothing wraps. No
+    # attention mask is needed for padding on the right: a causal model never looks at it.
     keep = targets.roll(-1, dims=1)  # (B, T)
     logits = model(input_ids=token_ids, logits_to_keep=keep, use_cache=False).logits.float()  # (K, V)
     logprobs = -F.cross_entropy(logits, token_ids[targets], reduction="none")  # (K,)
@@ -190,13 +190,13 @@ def target_logprobs(args, accelerator: Accelerator, model, posts: list[dict], pa
 # ---- Sampling and evaluation -----------------------------------------------------------------------------------------
 @torch.no_grad()
 def sample_responses(args, accelerator, policy, tokenizer, query_tokens: list, temperature: float, size: int) -> dict:
-    """Sample a response to each query, `size` at a time: left-padded queries (B, Q), right-padded responses (B, R)."""
+    """Sample a response to each query, `size` at a time. Left-padded queries (B, Q), right-padded responses (B, R)."""
     config = GenerationConfig(  # what is not stated here, `generate` takes from the model's own generation config
         do_sample=True,
         temperature=temperature + 1e-7,
         top_k=0,
         top_p=1.0,
-        # Detail 23 (EOS trick, 1 and 2): sample to the full length, and replace what follows the first EOS by [PAD].
+        # Detail 23 (EOS trick, 1 and 2): as if sampled to the full length, with [PAD] for all after the first EOS.
         max_new_tokens=args.response_length,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -267,10 +267,10 @@ def model_folder(path: str) -> str:
 
 
 def load_model(model_class, path: str, tokenizer, positions: int, flag: str, new_head: bool = False):
-    """A model in fp32, without dropout, with a row for every token id; and the names of weights it has no place for."""
+    """A model in fp32, without dropout, with a row for every token id; also the names of unexpected weights."""
     with explain(f"{flag} {path}: cannot be loaded as {model_class.__name__}"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        config._attn_implementation = None  # whatever the file says, transformers chooses the attention kernel
+        config._attn_implementation = None  # ignore the saved one: transformers chooses the kernel
         # Detail 7 (dropout off): with dropout, every forward pass gives other logprobs: the KL penalty is noise and
         # PPO's first ratios are not 1. Set in the config, from which GPT-NeoX's attention reads it.
         for name, value in config.to_dict().items():
@@ -299,7 +299,7 @@ def load_model(model_class, path: str, tokenizer, positions: int, flag: str, new
     for problem, found in problems.items():
         if found:
             fail(f"{flag} {path}: {problem}")
-    if len(tokenizer) > rows:  # Pythia has spare rows for [PAD]; others get one, the mean of the rest, never read
+    if len(tokenizer) > rows:  # Pythia has spare rows for [PAD]; others get one, the mean of the rest
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         for layer in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:  # may be tied, or one
             layer.weight.data[rows:] = layer.weight.data[:rows].mean(0)
@@ -316,7 +316,7 @@ def load_causal_lm(path: str, tokenizer, positions: int, flag: str):
     model.generation_config = GenerationConfig(**ids)
     # The scripts pad on the right and pass no attention mask: a model that looks to the right cannot work.
     token_ids = torch.arange(8)[None] % tokenizer.vocab_size
-    keep = token_ids < 4
+    keep = torch.arange(8)[None] < 4
     with torch.no_grad(), explain(f"{flag} {path}: {type(model).__name__} does not know logits_to_keep"):
         logits = model.eval()(input_ids=token_ids, logits_to_keep=keep).logits
         difference = logits - model(input_ids=token_ids[:, :4], logits_to_keep=keep[:, :4]).logits
@@ -440,9 +440,9 @@ def load_posts(args, split: str, tokenizer, accelerator: Accelerator) -> list[di
     # Detail 1 (specification): the columns and splits of the paper's TL;DR set.
     rows = read_rows(args.query_dataset, split, ["id", "subreddit", "title", "post", "summary"], "--query_dataset")
     posts = [tokenize_post(args, row, tokenizer) for row in rows]
-    first = {post["id"]: post for post in reversed(posts)}
+    first = {post["id"]: post for post in reversed(posts) if not post["problem"]}
     for post in posts:
-        if first[post["id"]] is not post and not post["problem"]:  # the judge joins samples by id
+        if not post["problem"] and first[post["id"]] is not post:  # samples are matched by their id
             post["problem"] = "the id occurs twice"
     return keep_usable(posts, f"--query_dataset {args.query_dataset}, {split}", accelerator)
 
@@ -463,7 +463,7 @@ def keep_usable(rows: list[dict], where: str, accelerator: Accelerator) -> list[
 def take_rows(num_rows: int, seed: int, start: int, stop: int) -> np.ndarray:
     """Row numbers at positions start .. stop - 1 of the endless stream of rows, which has a new order in every pass."""
     # Detail S (data order): every process computes the same stream from the same seed and takes its own share.
-    # Shuffling with a seed per process and sharding after that lets 8 processes see 66% of the rows in an epoch.
+    # If each shuffled with a seed of its own before taking its share, 8 processes would see 66% of the rows.
     passes = range(start // num_rows, (stop - 1) // num_rows + 1)
     stream = np.concatenate([np.random.default_rng([seed, epoch]).permutation(num_rows) for epoch in passes])
     return stream[start - passes[0] * num_rows :][: stop - start]
@@ -495,7 +495,7 @@ def seed_everything(seed: int, process: int, update: int):
 def fail(message: str):
     """End the run with one clear line on stderr and exit code 2: for what the user can fix, not for bugs."""
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(5)  # what rank 0 meets as well, rank 0 says: the launcher ends the others meanwhile
+        time.sleep(5)  # rank 0 usually reports the same error, and the launcher then ends this process
     tqdm.write(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -511,7 +511,7 @@ def explain(message: str):
 
 @contextmanager
 def atomic(path: str):
-    """Write a file or a folder atomically: gives a temporary name, which is renamed at the end."""
+    """Write a file or a folder to a temporary name, which this gives, and rename it at the end."""
     temporary = f"{path}.tmp"
     try:
         with explain(f"{path} cannot be written: make room, then continue with --resume"):
@@ -592,7 +592,7 @@ def open_run(args, accelerator: Accelerator, batch_size: int) -> dict:
             os.makedirs(args.output_dir, exist_ok=True)
             accelerator.lock = FileLock(f"{args.output_dir}/.lock")
             accelerator.lock.acquire(timeout=0)  # until the process ends
-        names = [name for name in os.listdir(args.output_dir) if not re.fullmatch(r"\..*|wandb|.*\.log", name)]
+        names = [name for name in os.listdir(args.output_dir) if not re.fullmatch(r"\..*|wandb|.*\.(log|tmp)", name)]
         if names and not (args.resume and "args.json" in names):
             fail(f"{where} is not empty ({min(names)}): name another folder, or continue its run with --resume")
         if names:
@@ -605,7 +605,7 @@ def open_run(args, accelerator: Accelerator, batch_size: int) -> dict:
                     fail(f"{where} holds a run with {name} {value}, not {now[name]}: pass that, or another folder")
             record["finished"] = "summary.json" in names
     record = broadcast_object_list([record])[0]
-    if record["finished"]:
+    if record.pop("finished"):
         accelerator.print(f"{args.output_dir} holds a finished run: there is nothing left to do")
         raise SystemExit(0)
     if args.track:
@@ -627,9 +627,11 @@ def start_run(args, accelerator: Accelerator, record: dict, batch_size: int, dig
 
     def receive(number, frame):
         accelerator.signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        if accelerator.signals.count(signal.SIGINT) > 2:
+            raise KeyboardInterrupt
 
-    # SIGTERM (preemption) and SIGINT (Ctrl-C) end the run after the update; a second one ends it at once.
+    # SIGTERM (preemption) and SIGINT (Ctrl-C) end the run after the update. A launcher passes on what its processes
+    # have received already; so only a third Ctrl-C ends the run at once.
     accelerator.signals = []
     signal.signal(signal.SIGTERM, receive)
     signal.signal(signal.SIGINT, receive)
@@ -638,23 +640,22 @@ def start_run(args, accelerator: Accelerator, record: dict, batch_size: int, dig
     folders = checkpoints(args)
     update = int(folders[-1][-8:]) if folders else 0
     if folders:
-        with explain(f"{folders[-1]} cannot be loaded: without it, --resume continues from the one before"):
+        with explain(f"{folders[-1]} cannot be loaded (by as many processes?): without it, the one before is taken"):
             accelerator.load_state(folders[-1])
         accelerator.step = 0  # accelerate's count of micro-batches, whose size may have changed
-    if args.resume:
         accelerator.print(f"{args.output_dir}: resuming after update {update}")
     if accelerator.is_main_process:
-        path = Path(f"{args.output_dir}/metrics.jsonl")
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        if len(lines) < update:
-            fail(f"{path} has {len(lines)} lines for {update} updates: put back what is missing")
-        write_text(str(path), "".join(lines[:update]))  # what follows the checkpoint is computed and logged again
         packages = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "tokenizers", "numpy")
         record |= {"script": os.path.basename(__file__), "args": vars(args), "command": sys.argv}
         record |= {"batch_size": batch_size, "digest": digest, "versions": {name: version(name) for name in packages}}
         record["launch"] = f"{accelerator.num_processes} x {accelerator.device}, {accelerator.distributed_type.value}"
         record.setdefault("resumed_after_updates", []).extend([update] * args.resume)
         write_text(f"{args.output_dir}/args.json", json.dumps(record, indent=2) + "\n")
+        path = Path(f"{args.output_dir}/metrics.jsonl")
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        if len(lines) < update:
+            fail(f"{path} has {len(lines)} lines for {update} updates: put back what is missing")
+        write_text(str(path), "".join(lines[:update]))  # what follows the checkpoint is computed and logged again
     accelerator.wait_for_everyone()
     return update
 
@@ -730,7 +731,7 @@ def finish_run(args, accelerator: Accelerator, summary: dict):
 def main():
     # 1. Flags, tokenizer and data. Batch = micro-batch x accumulation x processes.
     args = tyro.cli(Args, use_underscores=True, description=__doc__)
-    check_flags(args, may_be_zero="seed total_episodes warm_up_steps save_every")
+    check_flags(args, may_be_zero="seed total_episodes warm_up_steps save_every eval_temperature")
     accelerator = start_accelerator(args)
     batch_size = args.local_micro_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     record = open_run(args, accelerator, batch_size)
@@ -762,7 +763,9 @@ def main():
     started = time.time()
     updates = range(first_update, num_updates)
     train(args, accelerator, model, optimizer, tokenizer.pad_token_id, posts, batch_size, updates)
-    summary = {"updates": num_updates, "episodes": num_updates * batch_size, "time/train": time.time() - started}
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    summary = {"updates": num_updates, "episodes": num_updates * batch_size, "time/total": time.time() - started}
     if num_updates > 0 and accelerator.is_main_process:
         save_model(accelerator.unwrap_model(model), tokenizer, "left", args.output_dir)
     if args.run_eval:

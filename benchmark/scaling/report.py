@@ -198,7 +198,7 @@ def collect_sizes(world: World, settings: Settings) -> dict:
             "parameters": next(iter(runs[size].values()))["parameters"],
             "seeds": list(runs[size]),
             "agreement_between_seeds": seed_agreement(here),
-            "calibration": pooled_rows([a["calibration"] for a in here], "bin"),
+            "calibration": pooled_rows([a["calibration"] for a in here], "group"),
             "confidence": pooled_rows([a["confidence"] for a in here], "group"),
             "by_length": {stage: by_length(here, stage) for stage in ("sft", "ppo")},
         }

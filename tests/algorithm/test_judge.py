@@ -2,11 +2,13 @@
 real local HTTP server (fake_judge.py) with and without faults."""
 
 import contextlib
+import html
 import io
 import json
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -214,8 +216,51 @@ def test_two_files_give_the_figures_that_a_slow_count_gives(place):
     assert line["samples"] in place.samples and line["reply"].startswith("Comparison")
     assert line["prompt_sha256"] == summary["prompt_sha256"] and line["finish_reason"] == "stop"
     files = place.content()
-    assert set(files) == {".lock", "args.json", "verdicts.jsonl", "summary.json", "report.png"}
+    names = {".lock", "args.json", "verdicts.jsonl", "summary.json", "report.png", "report.html"}
+    assert set(files) == names
     assert files["report.png"][1:4] == b"PNG" and json.loads(files["args.json"])["args"]["samples"] == place.samples
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+# What a reader does, step by step; what is seen is noted in the title of the page.
+READING = """<script>
+const seen = [], set = (id, value) => { const e = document.getElementById(id); e.value = value; e.oninput(); };
+const note = () => seen.push([shown.length, document.querySelector("#post h3")?.textContent]);
+const press = key => document.body.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+note(); press("j"); press("ArrowDown"); note(); press("k"); note();
+set("outcome", "won"); note(); set("system", names[1]); note(); set("outcome", ""); set("sort", "-1"); note();
+set("sort", ""); set("search", "ALERT("); note();
+document.title = JSON.stringify({seen, errors, systems: document.querySelectorAll(".system").length,
+  colours: document.querySelectorAll("#list .won").length, scripts: document.scripts.length});
+</script>"""
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs chromium, to open report.html")
+def test_the_page_is_read_in_a_browser(place):
+    """It filters, sorts, searches and turns pages; an HTML or script in a post is text."""
+    first, second = make_rows(30), make_rows(30, tag="p", seed=1)
+    second = [row | {"reference": other["reference"]} for row, other in zip(second, first)]
+    first[7]["response"] = second[7]["response"] = "</script><script>errors.push('ran'); alert(1)</script> <b>bold</b>"
+    place.samples = [place.write(first, "a.csv"), place.write(second, "b.csv")]
+    with FakeJudge(better) as server:
+        run(*place.flags(server))
+    page = (place.out / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"https?://\S|(?:src|href)=(?!.data:)", page)  # nothing is loaded
+    watch = "<script>const errors = []; window.onerror = error => errors.push(error);</script>"
+    (place.folder / "page.html").write_text(page.replace("<style>", watch + "<style>", 1) + READING, encoding="utf-8")
+    options = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={place.folder}/chromium", "--dump-dom")
+    command = [CHROMIUM, *options, f"file://{place.folder}/page.html"]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=300).stdout
+    found = json.loads(html.unescape(re.search("<title>(.*?)</title>", dom)[1]))
+    ids = [row["id"] for row in first]
+    won = [expected_scores(rows) == 1 for rows in (first, second)]
+    ratios = [len(row["response"].split()) / len(row["reference"].split()) for row in second]
+    assert found["errors"] == [] and found["scripts"] == 4
+    assert found["seen"][:3] == [[30, ids[0]], [30, ids[2]], [30, ids[1]]]
+    assert found["seen"][3] == [(won[0] | won[1]).sum(), ids[(won[0] | won[1]).argmax()]]
+    assert found["seen"][4] == [won[1].sum(), ids[won[1].argmax()]]
+    assert found["seen"][5] == [30, ids[int(np.argmax(ratios))]] and found["seen"][6] == [1, ids[7]]
+    assert found["systems"] == 2 and "&lt;b&gt;bold&lt;/b&gt;" in dom
 
 
 def test_a_judge_that_always_says_a_makes_ties_or_in_random_order_what_a_fair_coin_says(place):

@@ -291,7 +291,8 @@ def wilson(wins, number):
 
 def test_accuracy_rows_and_wilson_interval():
     for wins, number in [(0, 5), (5, 5), (1, 3), (419, 675), (50, 100), (1, 1000)]:
-        assert reward.wilson_interval(wins, number) == pytest.approx(wilson(wins, number), abs=1e-9)
+        [row] = reward.accuracy_rows(pd.Series([1.0] * wins + [-1.0] * (number - wins)), pd.Series("all", range(number)))
+        assert [row["low"], row["high"]] == pytest.approx(wilson(wins, number), abs=1e-9)
     margins = pd.Series([1.0, -1.0, 0.5, 0.0, 2.0, -0.1])
     rows = reward.accuracy_rows(margins, pd.Series(["b", "a", "a", "a", "b", "b"]))
     for row, group, wins in zip(rows, "ab", (1, 2), strict=True):  # a tie is not a win
@@ -300,11 +301,13 @@ def test_accuracy_rows_and_wilson_interval():
     assert reward.accuracy_rows(margins[:0], pd.Series([], dtype=str)) == []
 
 
-def test_calibration_rows():
-    margins = np.random.default_rng(3).normal(0.3, 2.0, 400)
+def test_calibration():
+    margins = pd.Series(np.random.default_rng(3).normal(0.3, 2.0, 400))
     margins[:3] = [0.5, -0.5, 7.5]  # on an edge: into the bin above
-    rows = {row.pop("bin"): row for row in reward.calibration_rows(margins)}
     edges = [0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, math.inf]
+    assert list(reward.MARGIN_EDGES) == edges
+    found = reward.accuracy_rows(margins, pd.cut(margins.abs(), reward.MARGIN_EDGES, right=False))
+    rows = {row.pop("group"): row for row in found}
     for low, high in zip(edges, edges[1:]):
         part = [m for m in margins.tolist() if low <= abs(m) < high]
         if part:
@@ -312,5 +315,5 @@ def test_calibration_rows():
             expected = {"n": len(part), "margin": sum(sizes) / len(part), "accuracy": wins / len(part)}
             expected |= {"claimed": sum(1 / (1 + math.exp(-m)) for m in sizes) / len(part)}
             expected |= dict(zip(("low", "high"), wilson(wins, len(part))))
-            assert rows.pop(f"{low:g} to {high:g}") == pytest.approx(expected)
+            assert rows.pop(f"[{low:.1f}, {high:.1f})") == pytest.approx(expected)
     assert rows == {}

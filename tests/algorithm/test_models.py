@@ -137,7 +137,7 @@ def test_padded_rows_score_as_plain_transformers_does_alone(family, accelerator)
     classifier = AutoModelForSequenceClassification.from_pretrained(family.reward).eval()
     answers = [[5, 6, eos], [7, 8, 9, 10, eos], [eos], [5, 5, 9, 8, 7, 6]]
     queries, responses = ppo.pad_rows(family.queries, pad, "left", "cpu"), ppo.pad_rows(answers, pad, "right", "cpu")
-    found = ppo.score(accelerator, family.nets, queries, responses, temperature=0.7)
+    found = ppo.forward_all(accelerator, family.nets, queries, responses, temperature=0.7)
     for i, (query, answer) in enumerate(zip(family.queries, answers)):
         n = len(answer)
         logprobs = (alone(lm, query + answer) / (0.7 + 1e-7)).log_softmax(-1)[len(query) - 1 : -1]

@@ -164,7 +164,7 @@ def test_initial_networks(run_ppo):
         run_ppo(name, "--total_episodes", 0, train=(train := mock.Mock()))
         nets = train.call_args.args[2]
         value_model, reward_model = nets.model.value_model, nets.reward_model
-        bodies = (reward_model.body, nets.reference.base_model)
+        bodies = (reward_model.body, nets.ref_policy.base_model)
         same = [torch.equal(body.embed_in.weight, value_model.body.embed_in.weight) for body in bodies]
         assert same == [name in ("", "no_normalisation"), name == "value_from_sft"]
         assert torch.equal(value_model.head.weight, reward_model.head.weight) == same[0]

@@ -148,7 +148,7 @@ def test_reward_evaluation(chain):
     assert sum(row["n"] for row in report["calibration"]) == 12
     assert sum(row["n"] for row in report["accuracy on CNN/DM by batch"]) == 6
     before, after = report["scores of reference summaries"]
-    assert before["n"] == 10 and found["eval/reference_mean"] == pytest.approx(after["mean"])
+    assert before["count"] == 10 and found["eval/reference_mean"] == pytest.approx(after["mean"])
     assert (chain.out.reward / "eval_validation.png").read_bytes().startswith(b"\x89PNG")
     assert all(title in chain.reward.out for title in report)
 

@@ -1,0 +1,120 @@
+"""
+The learning curves of any runs side by side, from their metrics.jsonl alone.
+
+    python benchmark/plot_metrics.py runs/a/ppo runs/b/ppo -o curves.png            # one line per run
+    python benchmark/plot_metrics.py runs/*-seed*/ppo --mean_over_seeds -o curves.png
+
+A run is an output folder of sft.py, reward.py or ppo.py, or of a copy of one; it may still be running. With
+--mean_over_seeds, runs whose paths differ in the number after "seed" only become one line, the mean, in a band of one
+standard deviation.
+"""
+
+import json
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import pandas as pd
+import tyro
+from matplotlib.figure import Figure
+
+PANELS = {
+    "objective/kl": "KL from the SFT model (nats per response)",
+    "objective/rm_scores": "reward model's score",
+    "objective/rlhf_reward": "RLHF reward: score - beta x KL",
+    "objective/response_length": "response length (tokens)",
+    "val/eos_share": "share of responses with EOS",
+    "policy/approxkl_avg": "approximate KL of an update",
+    "policy/clipfrac_avg": "share of clipped tokens",
+    "policy/entropy_avg": "entropy (nats per token)",
+    "sft/loss": "SFT loss (nats per token)",
+    "rm/loss": "reward model's loss",
+    "rm/accuracy": "reward model's accuracy on training pairs",
+    "rm/margin": "chosen minus rejected",
+}
+
+
+@dataclass
+class Args:
+    runs: tyro.conf.Positional[tuple[Path, ...]]  # output folders of runs
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("curves.png")  # the picture to write
+    mean_over_seeds: bool = False  # mean and standard deviation over runs that differ in their seed only
+    smooth: int = 1  # each point is the mean of this many updates
+
+
+def fail(message: str):
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def load(run: Path, smooth: int) -> pd.DataFrame:
+    """The metrics of one run, one row per update, by episode."""
+    path = run / "metrics.jsonl"
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        table = pd.DataFrame(rows).set_index("episode")
+    except (OSError, ValueError, KeyError) as error:
+        fail(f"{path}: no metrics of a run ({type(error).__name__}: {error})")
+    names = [name for name in PANELS if name in table]
+    if not names:
+        fail(f"{path}: none of {', '.join(PANELS)} is in it")
+    table = table[names].dropna(how="all")  # the last row of a finished run is its evaluation
+    return table.rolling(smooth, min_periods=1).mean()
+
+
+def draw(tables: dict[str, list[pd.DataFrame]]) -> Figure:
+    """One panel per metric, one line per name: the only run of that name, or the mean of several."""
+    panels = [name for name in PANELS if any(name in table for runs in tables.values() for table in runs)]
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.2 * rows + 0.3 * len(tables)), dpi=110, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis, panel in zip(axes, panels):
+        for i, (name, runs) in enumerate(tables.items()):
+            series = [table[panel] for table in runs if panel in table]
+            if not series:
+                continue
+            values = pd.concat(series, axis=1).dropna()  # the updates that all of them have
+            mean = values.mean(axis=1)
+            label = name if len(series) == 1 else f"{name} (mean and standard deviation of {len(series)})"
+            axis.plot(mean.index, mean, color=f"C{i % 10}", label=label, linewidth=1.4)
+            if len(series) > 1:
+                deviation = values.std(axis=1)
+                axis.fill_between(mean.index, mean - deviation, mean + deviation, color=f"C{i % 10}", alpha=0.2)
+        axis.set_title(PANELS[panel], fontsize=10)
+        axis.set_xlabel("episodes", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
+    for axis in axes[len(panels) :]:
+        axis.axis("off")
+    lines, labels = axes[0].get_legend_handles_labels()
+    figure.legend(lines, [label.replace("$", r"\$") for label in labels], loc="outside lower center", fontsize=9)
+    return figure
+
+
+def main():
+    args = tyro.cli(Args, use_underscores=True, description=__doc__)
+    if not args.runs or args.smooth < 1:
+        fail("name at least one run; --smooth is at least 1")
+    tables: dict[str, list[pd.DataFrame]] = {}
+    for run in args.runs:
+        name = re.sub(r"(seed[-_]?)\d+", r"\1*", str(run)) if args.mean_over_seeds else str(run)
+        tables.setdefault(name, []).append(load(run, args.smooth))
+    temporary = args.output.with_name(args.output.name + ".tmp")
+    try:
+        draw(tables).savefig(temporary, format="png")
+        os.replace(temporary, args.output)
+    except OSError as error:
+        fail(f"--output {args.output} cannot be written ({error})")
+    for name, runs in tables.items():
+        last = pd.concat([table.tail(1) for table in runs]).mean()
+        figures = [f"{panel} {value:.4g}" for panel, value in last.items() if np.isfinite(value)]
+        print(f"{name}, last update: {', '.join(figures)}")
+
+
+if __name__ == "__main__":
+    main()

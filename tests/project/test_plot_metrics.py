@@ -1,0 +1,52 @@
+"""benchmark/plot_metrics.py: what it draws of the metrics of runs, and what it refuses."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from common import ROOT
+
+sys.path.insert(0, str(ROOT))
+from benchmark import plot_metrics  # noqa: E402
+
+
+def write_run(folder, kls, last="\n"):
+    folder.mkdir(parents=True)
+    rows = [{"episode": 8 * (i + 1), "lr": 1e-3, "objective/kl": kl, "val/eos_share": 1.0} for i, kl in enumerate(kls)]
+    rows.append({"episode": 8 * len(kls), "eval/kl": 9.0})  # the evaluation, which is no update
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + last)
+    return folder
+
+
+def command(*words):
+    call = [sys.executable, ROOT / "benchmark/plot_metrics.py", *words]
+    return subprocess.run(list(map(str, call)), capture_output=True, text=True, timeout=300)
+
+
+def test_lines_means_and_bands(tmp_path):
+    runs = [write_run(tmp_path / f"a-seed{seed}", kls) for seed, kls in ((1, [0, 1, 2]), (2, [0, 3, 6, 7]))]
+    other = write_run(tmp_path / "other", [5, 5])
+    done = command(*runs, other, "--mean_over_seeds", "-o", tmp_path / "x.png")
+    assert done.returncode == 0 and (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG"), done.stderr
+    assert "a-seed*, last update: objective/kl 4.5" in done.stdout and "other, last update: objective/kl 5" in done.stdout
+    assert not list(tmp_path.glob("*.tmp"))
+    tables = {"a": [plot_metrics.load(run, 1) for run in runs], "b": [plot_metrics.load(other, 1)]}
+    kl, eos, *rest = plot_metrics.draw(tables).axes
+    first, second = [line.get_xydata().tolist() for line in kl.lines]
+    assert first == [[8, 0], [16, 2], [24, 4]] and second == [[8, 5], [16, 5]]  # the updates that all seeds have
+    band = kl.collections[0].get_paths()[0].vertices[:, 1]
+    assert band.max() == pytest.approx(4 + 8**0.5) and len(kl.collections) == 1 and not rest
+    assert plot_metrics.load(runs[0], 2)["objective/kl"].tolist() == [0, 0.5, 1.5]
+
+
+def test_what_is_no_run_is_named(tmp_path):
+    write_run(tmp_path / "half", [1], last='\n{"epi')
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none/metrics.jsonl").write_text('{"episode": 8, "other": 1}\n')
+    for name in ("half", "none", "absent"):
+        done = command(tmp_path / name, "-o", tmp_path / "x.png")
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and f"{name}/metrics.jsonl" in done.stderr
+    run = write_run(tmp_path / "good", [1])
+    done = command(run, "--output", tmp_path / "no/x.png")
+    assert done.returncode == 2 and "no/x.png" in done.stderr and not (tmp_path / "x.png").exists()
