@@ -371,9 +371,8 @@ def load_tokenizer(path: str, flag: str):
 
 def encode(tokenizer, text: str) -> list[int]:
     """Token ids of a text, BOS first if the tokenizer has it so (Llama), no EOS; "<|endoftext|>" is ordinary text."""
-    first = tokenizer.encode("a")[:-1]  # what comes before a text; Pythia names a BOS token without using it
-    bos = [tokenizer.bos_token_id] if first[:1] == [tokenizer.bos_token_id] else []
-    return bos + tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    token_ids = tokenizer.encode(text, split_special_tokens=True)
+    return token_ids[:-1] if token_ids[-1:] == [tokenizer.eos_token_id] else token_ids
 
 
 def format_post(subreddit: str, title: str, post: str) -> tuple[str, str, str]:
@@ -383,24 +382,26 @@ def format_post(subreddit: str, title: str, post: str) -> tuple[str, str, str]:
     return f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: ", post, "\n\nTL;DR:"
 
 
-def make_query(tokenizer, head: str, body: str, tail: str, max_tokens: int) -> str:
-    """The query, its body cut to fit in `max_tokens` tokens; "" if even an empty body does not fit."""
+def make_query(tokenizer, head: str, body: str, tail: str, max_tokens: int) -> tuple[str, list[int]]:
+    """The query and its ids, the body cut to fit in `max_tokens` tokens; "" if even an empty body does not fit."""
     # Detail 2 (query truncation): cut the post at its last newline, again and again; if there is none, drop one
     # character at a time. Never a hard cut of tokens: it would lose the "TL;DR:" that asks for the summary.
+    token_ids = encode(tokenizer, head + body + tail)
+    if len(token_ids) <= max_tokens:
+        return head + body + tail, token_ids
     newlines = [match.start() for match in re.finditer("\n", body)] + [len(body)]
     lengths = [*range(newlines[0]), *newlines]  # of all bodies that this rule tries, ascending
 
     def num_tokens(length: int) -> int:
         return len(encode(tokenizer, head + body[:length] + tail))
 
-    if num_tokens(len(body)) <= max_tokens:
-        return head + body + tail
     # By bisection, and then in the next few: a whole word can have fewer tokens than its beginning.
     fitting = bisect_right(lengths, max_tokens, key=num_tokens)
     for i in range(fitting, min(fitting + 50, len(lengths))):
         if num_tokens(lengths[i]) <= max_tokens:
             fitting = i + 1
-    return head + body[: lengths[fitting - 1]] + tail if fitting else ""
+    query = head + body[: lengths[fitting - 1]] + tail if fitting else ""
+    return query, encode(tokenizer, query)
 
 
 def is_text(value) -> bool:
@@ -419,13 +420,14 @@ def tokenize_post(args, row: dict, tokenizer) -> dict:
             return post | {"problem": f"{name} is missing or not a text"}
     if not row["summary"].strip() or not post["id"]:
         return post | {"problem": "the summary or the id is empty"}
-    query = make_query(tokenizer, *format_post(row["subreddit"], row["title"], row["post"]), args.max_query_length)
+    parts = format_post(row["subreddit"], row["title"], row["post"])
+    query, query_tokens = make_query(tokenizer, *parts, args.max_query_length)
     if not query:
         return post | {"problem": f"the post cannot be cut to {args.max_query_length} query tokens"}
     # Detail 3 (space and EOS): the completion begins with one space (summaries lack it) and ends with EOS.
     # Detail 5 (joined): query and response are joined as text and tokenized together.
     reference = " " + row["summary"].lstrip()
-    query_tokens = np.array(encode(tokenizer, query), dtype=np.int32)
+    query_tokens = np.array(query_tokens, dtype=np.int32)
     tokens = np.array([*encode(tokenizer, query + reference), tokenizer.eos_token_id], dtype=np.int32)
     # Detail 4 (lengths): a response that is too long is left out, not cut, since the cut would remove its EOS.
     if len(tokens) - len(query_tokens) > args.max_response_length:

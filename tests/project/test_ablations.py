@@ -113,7 +113,7 @@ def test_queries(models):
         assert [post["query"] for post in spaced] == [post["query"] + " " for post in plain]
         assert [post["tokens"].tolist() for post in spaced] == [post["tokens"].tolist() for post in plain]
     parts = ("SUBREDDIT: r/advice\n\nPOST: ", "my boss lied about the money\n" * 9, "\n\nTL;DR:")
-    soft, hard = [patched(name).make_query(models.tokenizer, *parts, 40) for name in ("", "hard_truncation")]
+    soft, hard = [patched(name).make_query(models.tokenizer, *parts, 40)[0] for name in ("", "hard_truncation")]
     assert soft.endswith("\n\nTL;DR:") and "TL;DR:" not in hard
     assert "".join(parts).startswith(hard) and len(ppo.encode(models.tokenizer, hard)) == 40
 
