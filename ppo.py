@@ -453,9 +453,10 @@ def ppo_loss(args, batch: dict, logprobs, entropy, values, num_tokens, num_value
     """
     The clipped surrogate loss of PPO (arXiv 1707.06347) and the clipped value loss, for one micro-batch.
 
-    batch: the rollout of these rows; logprobs, entropy, values (B, R): the model's outputs now; num_tokens, num_values:
-    valid entries of the whole minibatch. Returns the loss (scalar) and its statistics, by the names they are logged by.
-    Added up over the micro-batches, losses and statistics are means over the minibatch.
+    batch: the rollout of these rows; then the model's outputs now, (B, R) each.
+    num_tokens, num_values: valid entries of the whole minibatch.
+    Returns the loss (scalar) and its statistics, by the names they are logged by. Added up over the micro-batches, they
+    are means over the minibatch.
     """
     # Detail W (valid tokens): all sums are over real tokens. Means over padding too would be small for short responses.
     valid = ~batch["padding_mask"]
@@ -1150,8 +1151,8 @@ def main():
     value_model = ScalarModel(load_classifier(reward_path, tokenizer, positions, "--reward_model_path"))
     reward_model = ScalarModel(load_classifier(reward_path, tokenizer, positions, "--reward_model_path"))
     if args.gradient_checkpointing:
-        for network in (policy, value_model.body):
-            network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        value_model.body.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = PolicyAndValue(policy, value_model, tokenizer.pad_token_id)
     digest = fingerprint([post["tokens"] for post in posts], model)
     # Detail E (Adam): PyTorch adds eps after the bias correction, TensorFlow before: early steps differ.

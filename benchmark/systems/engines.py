@@ -114,6 +114,8 @@ def main():
         return run_ppo(sys.argv[2:])
     args = tyro.cli(Args, use_underscores=True, description=__doc__)
     out, results = args.output_dir.resolve(), []
+    if out.exists() and any(out.iterdir()) and not (out / "world").exists():
+        raise SystemExit(f"error: --output_dir {out} holds files that are not of this benchmark: name another folder")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     jobs = Jobs(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", DS_ACCELERATOR="cpu")

@@ -171,6 +171,8 @@ class Case:
 def make_cases(args: Args) -> list[Case]:
     """The world, an SFT model and a reward model for the later stages, and all cases."""
     root = args.output_dir.resolve()
+    if root.exists() and any(root.iterdir()) and not (root / "world").exists():
+        raise SystemExit(f"error: --output_dir {root} holds files that are not of this benchmark: name another folder")
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
     world = root / "world"
