@@ -321,13 +321,14 @@ def response_logprobs(policy, token_ids, positions, responses, pad_token_id: int
     valid = responses != pad_token_id  # (B, R)
     # The logits at a position predict the NEXT token. Those of the prompt, nine in ten, are never computed.
     keep = torch.zeros_like(token_ids, dtype=torch.bool).scatter(1, positions, valid)  # (B, T)
-    logits = policy(input_ids=token_ids, logits_to_keep=keep, use_cache=False).logits.float()  # (K, V)
+    logits = policy(input_ids=token_ids, logits_to_keep=keep, use_cache=False).logits  # (K, V)
     # Detail T (temperature): the logits are divided by the sampling temperature, for policy and reference, in rollout
     # and training. Otherwise the ratios would be those of a distribution that nothing was sampled from.
-    all_logprobs = torch.log_softmax(logits / (temperature + 1e-7), dim=-1)  # (K, V)
+    logits = logits.float() / (temperature + 1e-7)
+    all_logprobs = torch.log_softmax(logits, dim=-1)  # (K, V)
     logprobs = all_logprobs.gather(1, responses[valid][:, None]).squeeze(1)  # (K,)
     with torch.no_grad():
-        entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)  # (K,)
+        entropy = -all_logprobs.exp().mul_(all_logprobs).sum(-1)  # (K,), without another copy of (K, V)
     zeros = torch.zeros(valid.shape, device=valid.device)  # (B, R)
     return (zeros + INVALID_LOGPROB).masked_scatter(valid, logprobs), zeros.masked_scatter(valid, entropy)
 
