@@ -2,7 +2,7 @@
 ppo.py: RLHF with proximal policy optimization (PPO), a reward model and a KL penalty. Stage 3 of sft, reward, ppo.
 
 One update: sample a summary for each of a batch of posts (the rollout), score it with the reward model, subtract a
-penalty for the distance from the SFT model (the KL penalty), and train on these samples for four epochs. Four networks:
+penalty for the distance from the SFT model (the KL penalty), and train on these samples for some epochs. Networks:
     policy         initialised from the SFT model      trained
     value model    initialised from the reward model   trained, predicts the return from each token on
     reference      the SFT model                       frozen, the KL penalty is measured against it
@@ -136,7 +136,7 @@ INVALID_LOGPROB = 1.0  # filler after the end of a response: no logprob is posit
 
 @dataclass
 class Networks:
-    model: nn.Module  # PolicyAndValue, wrapped by DDP or DeepSpeed: the two trained networks
+    model: nn.Module  # the trained networks, wrapped by DDP or DeepSpeed
     ref_policy: nn.Module  # frozen causal language model
     reward_model: nn.Module  # frozen ScalarModel
     tokenizer: Any  # the one that all of them share
@@ -226,11 +226,17 @@ def rollout(args, accelerator: Accelerator, nets: Networks, query_tokens: list, 
 @torch.no_grad()
 def sample_responses(args, accelerator, policy, tokenizer, query_tokens: list, temperature: float, size: int) -> dict:
     """Sample a response to each query, `size` at a time. Left-padded queries (B, Q), right-padded responses (B, R)."""
+
+    def sample(input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """(B, V) -> 1 at a token sampled from these logits, 0 elsewhere: `generate` takes the token with the 1."""
+        # By the inverse CDF, with one random number per row. `torch.multinomial` draws one for every id of the
+        # vocabulary, which takes a CPU 40% of its sampling time.
+        cdf = torch.softmax(logits / (temperature + 1e-7), dim=-1).double().cumsum(-1)  # (B, V)
+        uniform = torch.rand(len(cdf), 1, dtype=torch.double, device=cdf.device) * cdf[:, -1:]  # (B, 1)
+        return torch.zeros_like(logits).scatter(1, torch.searchsorted(cdf, uniform, right=True), 1.0)
+
     config = GenerationConfig(  # what is not stated here, `generate` takes from the model's own generation config
-        do_sample=True,
-        temperature=temperature + 1e-7,
-        top_k=0,
-        top_p=1.0,
+        do_sample=False,  # but the choice of `sample`: no top-k, no top-p
         # Detail 23 (EOS trick, 1 and 2): as if sampled to the full length, with [PAD] for all after the first EOS.
         max_new_tokens=args.response_length,
         eos_token_id=tokenizer.eos_token_id,
@@ -245,8 +251,8 @@ def sample_responses(args, accelerator, policy, tokenizer, query_tokens: list, t
         queries = pad_rows(query_tokens[start : start + size], tokenizer.pad_token_id, "left", accelerator.device)
         mask = (queries != tokenizer.pad_token_id).long()  # (B, Q)
         with accelerator.autocast():
-            output = policy.generate(queries, attention_mask=mask, generation_config=config)  # (B, Q + up to R)
-        missing = queries.shape[1] + args.response_length - output.shape[1]  # if all responses have ended early
+            output = policy.generate(queries, attention_mask=mask, generation_config=config, logits_processor=[sample])
+        missing = queries.shape[1] + args.response_length - output.shape[1]  # output (B, Q + R), less if all have ended
         responses.append(F.pad(output, (0, missing), value=tokenizer.pad_token_id)[:, queries.shape[1] :])
     queries = pad_rows(query_tokens, tokenizer.pad_token_id, "left", accelerator.device)
     return {"queries": queries, "responses": torch.cat(responses)}
@@ -270,8 +276,9 @@ def response_masks(responses: torch.Tensor, pad_token_id: int) -> dict:
 @torch.no_grad()
 def forward_all(accelerator: Accelerator, nets: Networks, queries, responses, temperature: float) -> dict:
     """
-    What the four networks say of queries (B, Q) and responses (B, R): logprobs and ref_logprobs (B, R),
-    INVALID_LOGPROB after the end; values (B, R), 0 from the second position after the last token on; rm_scores (B,).
+    What all networks say of queries (B, Q) and responses (B, R): logprobs and ref_logprobs (B, R), INVALID_LOGPROB
+    after the end; rm_scores (B,);
+    values (B, R), 0 from the second position after the last token on.
     """
     pad = nets.tokenizer.pad_token_id
     token_ids, positions = join_rows(queries, responses, pad)  # (B, T), (B, R)
@@ -512,10 +519,7 @@ class ScalarModel(nn.Module):
 
 
 class PolicyAndValue(nn.Module):
-    """
-    The two trained networks as one module, so that DDP and DeepSpeed wrap, prepare and step them together. Queries
-    (B, Q) and responses (B, R) -> logprobs and entropy of the response tokens, and the values before them: (B, R).
-    """
+    """One module for DDP and DeepSpeed: (B, Q), (B, R) -> logprobs, entropy, and values before the tokens: (B, R)."""
 
     def __init__(self, policy, value_model: ScalarModel, pad_token_id: int):
         super().__init__()
@@ -1123,8 +1127,6 @@ def main():
     args = tyro.cli(Args, use_underscores=True, description=__doc__)
     may_be_zero = "seed total_episodes save_every print_samples_every kl_coef vf_coef gamma lam eval_temperature"
     check_flags(args, may_be_zero, any_number="missing_eos_penalty")
-    if max(args.gamma, args.lam) > 1:
-        fail("--gamma and --lam must be between 0 and 1")
     accelerator = start_accelerator(args)
     minibatch_size = args.local_micro_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     batch_size = minibatch_size * args.num_mini_batches
@@ -1145,7 +1147,7 @@ def main():
     posts = load_posts(args, "train", tokenizer, accelerator)
     eval_posts = load_posts(args, args.eval_split, tokenizer, accelerator) if args.run_eval else []
 
-    # 3. Four networks, which share nothing, and the optimizer.
+    # 3. The networks, which share no parameters, and the optimizer.
     positions = max(args.max_query_length + args.response_length, args.max_query_response_length * args.run_eval)
     policy = load_causal_lm(sft_path, tokenizer, positions, "--sft_model_path")
     ref_policy = load_causal_lm(sft_path, tokenizer, positions, "--sft_model_path")

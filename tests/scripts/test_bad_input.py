@@ -109,8 +109,6 @@ BAD = {
     "huge": ("ppo", {"--cliprange": "1e300"}, "--cliprange"),
     "huge seed": ("sft", {"--seed": 2**64}, "--seed"),
     "negative seed": ("reward", {"--seed": -1}, "--seed"),
-    "gamma above 1": ("ppo", {"--gamma": 1.5}, "--gamma"),
-    "lambda above 1": ("ppo", {"--lam": 1.5}, "--lam"),
     "no temperature": ("ppo", {"--temperature": 0}, "--temperature"),
     "no minibatches": ("ppo", {"--num_mini_batches": 0}, "--num_mini_batches"),
     "no checkpoint kept": ("sft", {"--keep": 0}, "--keep"),
