@@ -276,7 +276,8 @@ def test_ppo_updates(small):
     update = mock.patch.object(ppo, "ppo_update", lambda *inputs: taken.append(inputs) or original(*inputs))
     original = ppo.ppo_update
     flags = ("--sft_model_path", small.lm, "--reward_model_path", small.rm, "--response_length", 8, "--kl_coef", 0.3)
-    flags += ("--local_micro_batch_size", 2, "--num_mini_batches", 2, "--num_ppo_epochs", 2, "--cliprange_value", 0.05, "--seed", 1)
+    flags += ("--local_micro_batch_size", 2, "--num_mini_batches", 2, "--num_ppo_epochs", 2, "--seed", 1)
+    flags += ("--cliprange_value", 0.05)
     with update:
         run(ppo, small, small.out / "ppo", *flags)
     policy, reference = [double(AutoModelForCausalLM, small.lm) for _ in range(2)]
