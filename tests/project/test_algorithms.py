@@ -127,7 +127,7 @@ def test_grpo_against_a_slow_loop(divide_by_std, token_mean):
             term = clipped(advantage, ratio) + 0.1 * (math.exp(ref) - ref - 1)
             loss += term / sum(lengths) if token_mean else term / n / 12
     found, _ = module.ppo_loss(args, batch, new, torch.zeros(12, R), torch.tensor(sum(lengths)), 12)
-    assert found.item() == pytest.approx(loss, abs=1e-12)
+    assert found.item() == pytest.approx(loss, abs=1e-6)  # the weights of the tokens are fp32
 
 
 def test_the_measured_kl_of_the_best_of_n():
@@ -178,7 +178,8 @@ def run(inputs, name, out, *more):
 def test_a_run_begins_at_the_reference_and_resumes_exactly(name, inputs, tmp_path):
     rows = run(inputs, name, tmp_path / "whole", "--save_every", 1, "--keep", 9)
     if name == "dpo":
-        assert rows[0]["dpo/loss"] == pytest.approx(math.log(2), abs=1e-6) and rows[0]["dpo/chosen_rewards"] == 0
+        assert rows[0]["dpo/loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert rows[0]["dpo/chosen_rewards"] == pytest.approx(0, abs=1e-6)  # other micro-batches round differently
         assert rows[2]["dpo/loss"] < rows[0]["dpo/loss"] and 0 <= rows[-1]["eval/accuracy"] <= 1
     else:
         assert rows[0]["val/ratio_first_dev"] == 0 and rows[0]["objective/kl"] == 0 != rows[1]["objective/kl"]
