@@ -109,7 +109,7 @@ def main():
         args.precision = run_python(HERE / "faster_dtype.py")
     if other == "trl":
         subprocess.run(["bash", HERE / "peers/setup.sh"], check=True)
-    folder = args.work_dir.resolve() / Path(args.shape).name
+    folder = args.work_dir.resolve() / f"inputs-{Path(args.shape).name}"  # removed, if it is there, and made anew
     run_python(HERE / "inputs.py", folder, args.shape, args.batch)
     result = json.loads((folder / "inputs.json").read_text()) | {"machine": describe_machine(), "beside": args.beside}
     result |= {name: getattr(args, name) for name in ("shape", "batch", "micro_batch", "precision")}
