@@ -11,13 +11,13 @@ penalty for the distance from the SFT model (the KL penalty), and train on these
 How to run
     accelerate launch --config_file benchmark/accelerate/deepspeed_zero2.yaml ppo.py --bf16     # the paper's, 8 GPUs
     python ppo.py --sft_model_path FOLDER --reward_model_path FOLDER --query_dataset FOLDER --total_episodes 4096
-    python ppo.py --sft_model_path FOLDER --reward_model_path FOLDER --total_episodes 0 --run_eval   # only evaluate
+    python ppo.py --sft_model_path FOLDER --reward_model_path FOLDER --total_episodes 0 --run_eval   # KL is then 0
 It writes, in --output_dir: model/ (the policy), metrics.jsonl, args.json, summary.json, checkpoints/ and, with
 --run_eval, samples_<split>.csv. The same command with --resume continues after an interruption.
 
 Deliberate differences from the code of the paper (arXiv 2403.17031); the README has the complete list
     1. Full forward passes run on right-padded rows of similar length, without an attention mask, instead of 512 + 53
-       tokens each. Logits are computed for response tokens only. The numbers are the same.
+       tokens each. Logits are computed for response tokens only. The numbers are the same but for rounding.
     2. Advantages are whitened over the global batch; the published code whitens per process.
     3. Losses are means over the tokens of the global minibatch, so the gradient does not depend on the micro-batch size
        or the number of processes. The published code takes means of means.
@@ -127,7 +127,7 @@ class Args:
     hf_repo_id: Optional[str] = None  # repository (user/name) for --push_to_hub
 
 
-# Flags that --resume may change; other shapes of batches round, and sample, differently.
+# Flags that --resume may change. Those that change the shapes of batches change rounding, and sampling.
 MAY_CHANGE = """exp_name output_dir resume save_every keep offload local_micro_batch_size gradient_accumulation_steps
     local_rollout_forward_batch_size gradient_checkpointing run_eval eval_split max_eval_rows local_eval_batch_size
     eval_temperature print_samples_every track wandb_project_name wandb_entity push_to_hub hf_repo_id""".split()
@@ -172,7 +172,7 @@ def train(args, accelerator: Accelerator, nets: Networks, optimizer, posts: list
         episode = (update + 1) * batch_size
         metrics |= {"episode": episode, "epoch": episode / len(posts), "lr": lr}
         metrics |= {"time/rollout": train_started - rollout_started, "time/train": now - train_started}
-        metrics["eps"] = (episode - updates.start * batch_size) / (now - started)
+        metrics["eps"] = (episode - updates.start * batch_size) / (now - started)  # episodes per second
         log_metrics(metrics, args, accelerator)
         if accelerator.is_main_process:
             names = ("scores", "kl", "rlhf_reward", "response_length")
@@ -236,7 +236,7 @@ def sample_responses(args, accelerator, policy, tokenizer, query_tokens: list, t
         return torch.zeros_like(logits).scatter(1, torch.searchsorted(cdf, uniform, right=True), 1.0)
 
     config = GenerationConfig(  # what is not stated here, `generate` takes from the model's own generation config
-        do_sample=False,  # but the choice of `sample`: no top-k, no top-p
+        do_sample=False,  # take the largest entry, which `sample` sets: no top-k, no top-p
         # Detail 23 (EOS trick, 1 and 2): as if sampled to the full length, with [PAD] for all after the first EOS.
         max_new_tokens=args.response_length,
         eos_token_id=tokenizer.eos_token_id,
@@ -277,7 +277,7 @@ def response_masks(responses: torch.Tensor, pad_token_id: int) -> dict:
 def forward_all(accelerator: Accelerator, nets: Networks, queries, responses, temperature: float) -> dict:
     """
     What all networks say of queries (B, Q) and responses (B, R): logprobs and ref_logprobs (B, R), INVALID_LOGPROB
-    after the end; rm_scores (B,);
+    after the end; rm_scores (B,); and
     values (B, R), 0 from the second position after the last token on.
     """
     pad = nets.tokenizer.pad_token_id
@@ -331,11 +331,12 @@ def response_logprobs(policy, token_ids, positions, responses, pad_token_id: int
     logits = policy(input_ids=token_ids, logits_to_keep=keep, use_cache=False).logits  # (K, V)
     # Detail T (temperature): the logits are divided by the sampling temperature, for policy and reference, in rollout
     # and training. Otherwise the ratios would be those of a distribution that nothing was sampled from.
+    # The mass of ids that sampling suppresses is not taken out here; it is negligible.
     logits = logits.float() / (temperature + 1e-7)
     all_logprobs = torch.log_softmax(logits, dim=-1)  # (K, V)
     logprobs = all_logprobs.gather(1, responses[valid][:, None]).squeeze(1)  # (K,)
     with torch.no_grad():
-        entropy = -all_logprobs.exp().mul_(all_logprobs).sum(-1)  # (K,), without another copy of (K, V)
+        entropy = -all_logprobs.exp().mul_(all_logprobs).sum(-1)  # (K,), with one copy of (K, V), not two
     zeros = torch.zeros(valid.shape, device=valid.device)  # (B, R)
     return (zeros + INVALID_LOGPROB).masked_scatter(valid, logprobs), zeros.masked_scatter(valid, entropy)
 
@@ -362,8 +363,8 @@ def compute_advantages(args, batch: dict) -> dict:
     if args.whiten_rewards:
         rewards = whiten(rewards, valid_p1, shift_mean=False).masked_fill(~valid_p1, 0.0)
     advantages, returns = gae(rewards, batch["values"], args.gamma, args.lam)
-    # Detail 25 (advantage whitening): over the valid tokens of the global batch, so that the size of a step does not
-    # depend on the scale of the rewards.
+    # Detail 25 (advantage whitening): over the valid tokens of the global batch. Mean 0: what is better than the batch
+    # is encouraged, what is worse discouraged, whatever the rewards' scale.
     advantages = whiten(advantages, valid).masked_fill(~valid, 0.0)
     return dict(kl=kl, rewards=rewards, advantages=advantages, returns=returns)
 
@@ -379,7 +380,8 @@ def place_rewards(kl: torch.Tensor, scores: torch.Tensor, sequence_lengths: torc
     rewards = -kl_coef * kl  # (B, R)
     # Detail R (reward at EOS + 1): the score is added one AFTER EOS if there is room, else at the last token. The value
     # there is the value model's output at EOS. It is initialised from the reward model, whose output at EOS is that
-    # very score: its first error is 0. So this value is not masked (padding_mask_p1); the policy loss ends at EOS.
+    # very score: its first error is 0, unless EOS is missing. So this value is not masked (padding_mask_p1); the policy
+    # loss ends at EOS.
     after_end = sequence_lengths + 1
     end = torch.where(after_end < rewards.shape[1], after_end, sequence_lengths)  # (B,)
     rewards[torch.arange(len(rewards), device=rewards.device), end] += scores
@@ -429,7 +431,7 @@ def ppo_update(args, accelerator: Accelerator, model, optimizer, batch: dict, up
                 with accelerator.accumulate(model):
                     output = model(micro_batch["queries"], micro_batch["responses"], args.temperature)
                     loss, stats = ppo_loss(args, micro_batch, *output, num_tokens, num_values)
-                    # A global mean already: that accelerate divides by accumulation steps and processes is undone.
+                    # Divided by the global count already: undo accelerate's division by steps and processes.
                     accelerator.backward(loss * args.gradient_accumulation_steps * accelerator.num_processes)
                     if accelerator.sync_gradients:  # the norm of the whole gradient; nothing is clipped (Detail 20)
                         grad_norms.append(float(accelerator.clip_grad_norm_(model.parameters(), math.inf)))
@@ -464,7 +466,7 @@ def ppo_loss(args, batch: dict, logprobs, entropy, values, num_tokens, num_value
     batch: the rollout of these rows; then the model's outputs now, (B, R) each.
     num_tokens, num_values: valid entries of the whole minibatch.
     Returns the loss (scalar) and its statistics, by the names they are logged by. Added up over the micro-batches, they
-    are means over the minibatch.
+    are means over the minibatch; ratio_dev is a maximum.
     """
     # Detail W (valid tokens): all sums are over real tokens. Means over padding too would be small for short responses.
     valid = ~batch["padding_mask"]
@@ -519,7 +521,7 @@ class ScalarModel(nn.Module):
 
 
 class PolicyAndValue(nn.Module):
-    """One module for DDP and DeepSpeed: (B, Q), (B, R) -> logprobs, entropy, and values before the tokens: (B, R)."""
+    """The trained networks as one module, for DDP and DeepSpeed."""
 
     def __init__(self, policy, value_model: ScalarModel, pad_token_id: int):
         super().__init__()
@@ -530,7 +532,7 @@ class PolicyAndValue(nn.Module):
     def forward(self, queries: torch.Tensor, responses: torch.Tensor, temperature: float):
         token_ids, positions = join_rows(queries, responses, self.pad)
         logprobs, entropy = response_logprobs(self.policy, token_ids, positions, responses, self.pad, temperature)
-        return logprobs, entropy, self.value_model(token_ids, positions)
+        return logprobs, entropy, self.value_model(token_ids, positions)  # (B, R) each
 
 
 def prepare_frozen(args, accelerator: Accelerator, model):
@@ -810,7 +812,7 @@ def seed_everything(seed: int, process: int, update: int):
 
 # ---- Metrics and evaluation ------------------------------------------------------------------------------------------
 def rollout_metrics(args, batch: dict, eos_token_id: int) -> dict:
-    """What the samples of one update are like: means over responses of sums over their tokens."""
+    """What the samples of one update are like: means over responses, of KL and entropy summed over their tokens."""
     kl = batch["kl"].sum(1)  # (B,)
     ended = (batch["responses"] == eos_token_id).any(1)  # (B,)
     metrics = {
@@ -856,7 +858,7 @@ def evaluate(args, accelerator: Accelerator, nets: Networks, posts: list[dict]) 
         columns = {
             "score": penalize_missing_eos(batch["rm_scores"], responses, eos, args.missing_eos_penalty),
             "reference_score": reference_scores,
-            "kl": (batch["logprobs"] - batch["ref_logprobs"]).sum(1),  # at the rollout's temperature
+            "kl": (batch["logprobs"] - batch["ref_logprobs"]).sum(1),  # log-ratios at --temperature
             "response_length": (responses != pad).sum(1),
             "eos_share": (responses == eos).any(1),
         }
@@ -877,7 +879,7 @@ def evaluate(args, accelerator: Accelerator, nets: Networks, posts: list[dict]) 
     return results | {f"eval/{name}": float(samples[name].mean()) for name in columns}
 
 
-# ---- What every long run needs. Nothing of the algorithm is below this line ------------------------------------------
+# ---- What every long run needs. Of the algorithm, only the optimizer is below this line, in `main` -------------------
 def fail(message: str):
     """End the run with one clear line on stderr and exit code 2: for what the user can fix, not for bugs."""
     if os.environ.get("RANK", "0") != "0":
@@ -1026,7 +1028,7 @@ def start_run(args, accelerator: Accelerator, record: dict, batch_size: int, dig
     folders = checkpoints(args)
     update = int(folders[-1][-8:]) if folders else 0
     if folders:
-        with explain(f"{folders[-1]} cannot be loaded (by as many processes?): without it, the one before is taken"):
+        with explain(f"{folders[-1]} cannot be loaded (same number of processes?); remove it to use the one before"):
             accelerator.load_state(folders[-1])
         accelerator.step = 0  # accelerate's count of micro-batches, whose size may have changed
         accelerator.print(f"{args.output_dir}: resuming after update {update}")
@@ -1157,7 +1159,7 @@ def main():
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         value_model.body.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = PolicyAndValue(policy, value_model, tokenizer.pad_token_id)
-    digest = fingerprint([post["tokens"] for post in posts], model)
+    digest = fingerprint([post["tokens"] for post in posts], nn.ModuleList([policy, reward_model]))
     # Detail E (Adam): PyTorch adds eps after the bias correction, TensorFlow before: early steps differ.
     # Detail 20 (settings): eps 1e-5, weight decay 0.01, no gradient clipping, no entropy bonus.
     optimizer = torch.optim.AdamW(

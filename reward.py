@@ -115,7 +115,7 @@ class Args:
     hf_repo_id: Optional[str] = None  # repository (user/name) for --push_to_hub
 
 
-# Flags that --resume may change; other shapes of batches round, and sample, differently.
+# Flags that --resume may change. Those that change the shapes of batches change rounding, and sampling.
 MAY_CHANGE = """exp_name output_dir resume save_every keep local_micro_batch_size gradient_accumulation_steps
     gradient_checkpointing run_eval eval_split max_eval_rows local_eval_batch_size track wandb_project_name wandb_entity
     push_to_hub hf_repo_id""".split()
@@ -146,7 +146,7 @@ def train(args, accelerator: Accelerator, model, optimizer, pad_token_id: int, p
             with accelerator.accumulate(model):
                 chosen, rejected = model(token_ids).chunk(2)  # (B / 2,) each
                 losses = pairwise_loss(chosen, rejected)  # (B / 2,)
-                # A global mean already: that accelerate divides by accumulation steps and processes is undone.
+                # Divided by the global count already: undo accelerate's division by steps and processes.
                 scale = args.gradient_accumulation_steps * accelerator.num_processes
                 accelerator.backward(losses.sum() / batch_size * scale)
                 if accelerator.sync_gradients:  # the norm of the whole gradient; nothing is clipped
@@ -159,7 +159,7 @@ def train(args, accelerator: Accelerator, model, optimizer, pad_token_id: int, p
         metrics = {"episode": episode, "epoch": episode / len(pairs), "lr": lr, "grad_norm": grad_norm}
         metrics |= dict(zip(names, (accelerator.reduce(sums, "sum") / batch_size).tolist()))
         metrics["rm/margin"] = metrics["rm/chosen_rewards"] - metrics["rm/rejected_rewards"]
-        metrics["eps"] = (episode - updates.start * batch_size) / (time.time() - started)
+        metrics["eps"] = (episode - updates.start * batch_size) / (time.time() - started)  # episodes per second
         log_metrics(metrics, args, accelerator)
         if accelerator.is_main_process and (update + 1) % max(1, num_updates // 50) == 0:
             tqdm.write(f"update {update + 1}: " + ", ".join(f"{name} {metrics[name]:.3f}" for name in names))
@@ -662,7 +662,7 @@ def load_evaluation(args, config, tokenizer, accelerator: Accelerator) -> tuple[
     return pairs, news, load_posts(args, args.eval_split, tokenizer, accelerator)
 
 
-# ---- What every long run needs. Nothing of the algorithm is below this line ------------------------------------------
+# ---- What every long run needs. Of the algorithm, only the optimizer is below this line, in `main` -------------------
 def fail(message: str):
     """End the run with one clear line on stderr and exit code 2: for what the user can fix, not for bugs."""
     if os.environ.get("RANK", "0") != "0":
@@ -811,7 +811,7 @@ def start_run(args, accelerator: Accelerator, record: dict, batch_size: int, dig
     folders = checkpoints(args)
     update = int(folders[-1][-8:]) if folders else 0
     if folders:
-        with explain(f"{folders[-1]} cannot be loaded (by as many processes?): without it, the one before is taken"):
+        with explain(f"{folders[-1]} cannot be loaded (same number of processes?); remove it to use the one before"):
             accelerator.load_state(folders[-1])
         accelerator.step = 0  # accelerate's count of micro-batches, whose size may have changed
         accelerator.print(f"{args.output_dir}: resuming after update {update}")

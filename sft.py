@@ -107,7 +107,7 @@ class Args:
     hf_repo_id: Optional[str] = None  # repository (user/name) for --push_to_hub
 
 
-# Flags that --resume may change; other shapes of batches round, and sample, differently.
+# Flags that --resume may change. Those that change the shapes of batches change rounding, and sampling.
 MAY_CHANGE = """exp_name output_dir resume save_every keep local_micro_batch_size gradient_accumulation_steps
     gradient_checkpointing run_eval eval_split max_eval_rows local_eval_batch_size track
     wandb_project_name wandb_entity push_to_hub hf_repo_id""".split()
@@ -136,7 +136,7 @@ def train(args, accelerator: Accelerator, model, optimizer, pad_token_id: int, p
             with accelerator.accumulate(model):
                 logprobs = target_logprobs(args, accelerator, model, [posts[i] for i in mine], pad_token_id)
                 loss = -logprobs.sum() / num_targets
-                # A global mean already: that accelerate divides by accumulation steps and processes is undone.
+                # Divided by the global count already: undo accelerate's division by steps and processes.
                 accelerator.backward(loss * args.gradient_accumulation_steps * accelerator.num_processes)
                 if accelerator.sync_gradients:  # the norm of the whole gradient; nothing is clipped
                     grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), math.inf))
@@ -146,7 +146,7 @@ def train(args, accelerator: Accelerator, model, optimizer, pad_token_id: int, p
         episode = (update + 1) * batch_size
         metrics = {"episode": episode, "epoch": episode / len(posts), "lr": lr}
         metrics |= {"sft/loss": accelerator.reduce(loss_sum, "sum").item(), "grad_norm": grad_norm}
-        metrics["eps"] = (episode - updates.start * batch_size) / (time.time() - started)
+        metrics["eps"] = (episode - updates.start * batch_size) / (time.time() - started)  # episodes per second
         log_metrics(metrics, args, accelerator)
         if accelerator.is_main_process and (update + 1) % max(1, num_updates // 50) == 0:
             tqdm.write(f"update {update + 1}: loss {metrics['sft/loss']:.4f}, {metrics['eps']:.1f} rows/s")
@@ -201,7 +201,7 @@ def sample_responses(args, accelerator, policy, tokenizer, query_tokens: list, t
         return torch.zeros_like(logits).scatter(1, torch.searchsorted(cdf, uniform, right=True), 1.0)
 
     config = GenerationConfig(  # what is not stated here, `generate` takes from the model's own generation config
-        do_sample=False,  # but the choice of `sample`: no top-k, no top-p
+        do_sample=False,  # take the largest entry, which `sample` sets: no top-k, no top-p
         # Detail 23 (EOS trick, 1 and 2): as if sampled to the full length, with [PAD] for all after the first EOS.
         max_new_tokens=args.response_length,
         eos_token_id=tokenizer.eos_token_id,
@@ -499,7 +499,7 @@ def seed_everything(seed: int, process: int, update: int):
     torch.manual_seed(int(np.random.SeedSequence([seed + 100003 * process, update]).generate_state(1)[0]))
 
 
-# ---- What every long run needs. Nothing of the algorithm is below this line ------------------------------------------
+# ---- What every long run needs. Of the algorithm, only the optimizer is below this line, in `main` -------------------
 def fail(message: str):
     """End the run with one clear line on stderr and exit code 2: for what the user can fix, not for bugs."""
     if os.environ.get("RANK", "0") != "0":
@@ -648,7 +648,7 @@ def start_run(args, accelerator: Accelerator, record: dict, batch_size: int, dig
     folders = checkpoints(args)
     update = int(folders[-1][-8:]) if folders else 0
     if folders:
-        with explain(f"{folders[-1]} cannot be loaded (by as many processes?): without it, the one before is taken"):
+        with explain(f"{folders[-1]} cannot be loaded (same number of processes?); remove it to use the one before"):
             accelerator.load_state(folders[-1])
         accelerator.step = 0  # accelerate's count of micro-batches, whose size may have changed
         accelerator.print(f"{args.output_dir}: resuming after update {update}")
