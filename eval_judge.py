@@ -42,7 +42,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import tyro
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from tqdm import tqdm
 
 
@@ -574,27 +574,23 @@ def draw_report(summary: dict, path: str):
 
 def write_page(samples: dict[str, Rows], summary: dict, measure, args: Args):
     """report.html: every post with its summaries and the judge's replies, to be read in a browser."""
-    template = Path(__file__).resolve().parent / "benchmark/judges/report.html"
-    if not template.exists():
-        return say(f"report.html is not written: there is no {template}")
     from jinja2 import Environment
+    template = Path(__file__).resolve().parent / "benchmark/judges/report.html"
+    if not template.exists():  # where this script was copied alone
+        return say(f"report.html is not written: there is no {template}")
     lines = map(json.loads, Path(args.output_dir, "verdicts.jsonl").read_text().splitlines())
     replies = {(line["samples"], line["id"], line["response_was_shown_as"]): line for line in lines}
     posts = {}
     for path, rows in samples.items():
         for post_id, row in rows.items():
             shown = shown_as(args.order, args.seed, post_id)
-            keys = [(os.path.normpath(path), post_id, letter) for letter in shown]
-            verdicts = [{name: replies[key][name] for name in ("preferred", "reply")} for key in keys]
-            for letter, verdict in zip(shown, verdicts):
-                verdict["shown"] = letter
-            score = post_score([verdict["preferred"] for verdict in verdicts])
-            system = {"name": path, "response": row["response"], "verdicts": verdicts}
-            system["outcome"] = {1: "won", 0: "lost", 0.5: "split", None: "unparsed"}[score]
+            found = [replies[os.path.normpath(path), post_id, letter] for letter in shown]
             ratio = np.exp(log_length_ratio(measure(row["response"]), measure(row["reference"])))
-            system["length_ratio"] = float(ratio)
+            system = {"name": path, "response": row["response"], "length_ratio": float(ratio)}
+            system["score"] = post_score([verdict["preferred"] for verdict in found])
+            system["verdicts"] = [(letter, v["preferred"], v["reply"]) for letter, v in zip(shown, found)]
             post = {"id": post_id, "query": row["query"], "reference": row["reference"], "systems": []}
-            posts.setdefault((post_id, row["query"], row["reference"]), post)["systems"].append(system)
+            posts.setdefault(tuple(post.values())[:3], post)["systems"].append(system)
     picture = base64.b64encode(Path(args.output_dir, "report.png").read_bytes()).decode()
     page = Environment(autoescape=True).from_string(template.read_text(encoding="utf-8"))
     write_text(f"{args.output_dir}/report.html", page.render(posts=[*posts.values()], summary=summary, picture=picture))
@@ -631,10 +627,7 @@ def explain(message: str):
 def write_text(path: str, text: str):
     """Write a file atomically: under a temporary name in the same folder, then renamed."""
     with explain(f"{path} cannot be written"):
-        with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        Path(f"{path}.tmp").write_text(text, encoding="utf-8")
         os.replace(f"{path}.tmp", path)
 
 
@@ -650,10 +643,8 @@ def claim_folder(folder: str) -> FileLock:
     """Make and lock the output folder. One that holds a model, data or another script's run is refused."""
     os.makedirs(folder, exist_ok=True)
     lock = FileLock(f"{folder}/.lock", blocking=False)
-    try:
+    with explain(f"--output_dir {folder} is in use by another run: wait for it to end"):
         lock.acquire()  # until the process ends, however that may be
-    except Timeout:
-        fail(f"--output_dir {folder} is in use by another run: wait for it to end")
     names = [name for name in os.listdir(folder) if not re.fullmatch(r"\..*|args\.json\.tmp", name)]
     is_ours = "args.json" in names and b'"script": "eval_judge.py"' in Path(folder, "args.json").read_bytes()
     if names and not is_ours:
