@@ -92,7 +92,7 @@ def count_kept(path):
 def fixed_responses(inside=None):
     """Responses that depend on their query only, not on the process that samples them."""
 
-    def generate(self, queries, attention_mask, generation_config):
+    def generate(self, queries, attention_mask, generation_config, **_):
         size = generation_config.max_new_tokens
         rows = []
         for query, mask in zip(queries, attention_mask):

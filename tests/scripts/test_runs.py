@@ -336,7 +336,7 @@ COMMON = {
 SAMPLING = {
     "max_query_length": (30, lambda b, c: max(map(len, samples(c)["query"])) < max(map(len, samples(b)["query"]))),
     "max_response_length": (9, says("longer than 9 tokens")),
-    "response_length": (3, lambda b, c: c.summary["eval/response_length"] <= 3 < b.summary["eval/response_length"]),
+    "response_length": (1, lambda b, c: c.summary["eval/response_length"] <= 1 < b.summary["eval/response_length"]),
     "eval_split": ("test", lambda b, c: len(samples(c, "test")) == 5),
     "max_eval_rows": (3, lambda b, c: len(samples(c)) == 3 == c.summary["eval/rows"]),
     "local_eval_batch_size": (3, lambda b, c: "4/4" in c.err and "4/4" not in b.err),
