@@ -198,11 +198,11 @@ class Judge:
         host = urlsplit(args.judge_base_url).hostname
         self.key = os.environ.get(args.judge_key_variable, "").strip()  # a key read from a file brings its newline
         if host == "api.openai.com" and not self.key or not (self.key.isascii() and self.key.isprintable()):
-            fail(f"the environment variable {args.judge_key_variable} (--judge_key_variable) holds no valid key")
+            refuse(f"the environment variable {args.judge_key_variable} (--judge_key_variable) holds no valid key")
         self.key = self.key or "no-key"  # where the server needs none, the client still does
         # A proxy for the internet cannot reach a server on this machine, but the client would ask it to.
         local = host in ("localhost", "127.0.0.1", "::1")
-        with explain("--judge_base_url cannot be used with this environment's proxies and certificates"):
+        with refuse_on_error("--judge_base_url cannot be used with this environment's proxies and certificates"):
             self.client = openai.AsyncOpenAI(
                 base_url=args.judge_base_url,
                 api_key=self.key,
@@ -459,38 +459,38 @@ def check_args(args: Args):
     for name, value in asdict(args).items():
         for text in value if isinstance(value, tuple) else (value,):
             if isinstance(text, str) and not (text.strip() and text.isprintable()):
-                fail(f"--{name} {text!a}: not a printable text")
+                refuse(f"--{name} {text!a}: not a printable text")
         lowest = 0 if name in ("seed", "judge_seed", "judge_temperature", "max_retries") else 1e-9
         highest = 10**6 if name == "bootstrap_samples" else 2**32
         if isinstance(value, int | float) and not lowest <= value <= highest:
-            fail(f"--{name} {value}: must be {'at least' if lowest == 0 else 'above'} 0 and at most {highest}")
+            refuse(f"--{name} {value}: must be {'at least' if lowest == 0 else 'above'} 0 and at most {highest}")
     if len(set(map(os.path.normpath, args.samples))) < max(1, len(args.samples)):
-        fail("--samples: name at least one file, and none twice")
+        refuse("--samples: name at least one file, and none twice")
     # Flags are written to args.json, and a key never is: so no password or query in the address.
     address = re.fullmatch(r"https?://(?:[\w.-]+|\[[0-9a-fA-F:]+\])(?::(\d{1,5}))?(?:/[^\s?#@]*)?", args.judge_base_url)
     if address is None or int(address[1] or 80) > 65535:
-        fail("--judge_base_url must look like http://127.0.0.1:8000/v1; a key comes from --judge_key_variable only")
+        refuse("--judge_base_url must look like http://127.0.0.1:8000/v1; a key comes from --judge_key_variable only")
 
 
 def read_samples(path: str, columns: tuple[str, ...], limit: Optional[int] = None) -> Rows:
     """Read a samples file as {id: row}, the texts stripped. An empty response is judged, an empty query a mistake."""
     csv.field_size_limit(1 << 30)  # the default of 128 KiB stops at a long post
-    with explain(f"{path}: cannot be read as a CSV file in UTF-8"):
+    with refuse_on_error(f"{path}: cannot be read as a CSV file in UTF-8"):
         with open(path, newline="", encoding="utf-8-sig") as file:  # -sig: spreadsheets begin a file with a BOM
             reader = csv.DictReader(file, strict=True)
             missing = [column for column in columns if column not in (reader.fieldnames or [])]
             table = list(reader)
     if missing or not table:
-        fail(f"{path}: has no {' and no '.join(missing or ['rows'])}")
+        refuse(f"{path}: has no {' and no '.join(missing or ['rows'])}")
     rows: Rows = {}
     for number, row in enumerate(table[:limit], start=1):
         if None in row or None in row.values():
-            fail(f"{path}, row {number}: has not as many fields as the header has columns; is a quote missing?")
+            refuse(f"{path}, row {number}: has not as many fields as the header has columns; is a quote missing?")
         row = {column: row[column].strip() for column in columns}
         if not row["id"] or not row["query"]:
-            fail(f"{path}, row {number}: the {'query' if row['id'] else 'id'} is empty")
+            refuse(f"{path}, row {number}: the {'query' if row['id'] else 'id'} is empty")
         if row["id"] in rows:
-            fail(f"{path}, row {number}: the id {row['id']} occurs twice; ids must name one post each")
+            refuse(f"{path}, row {number}: the id {row['id']} occurs twice; ids must name one post each")
         rows[row["id"]] = row
     return rows
 
@@ -504,7 +504,7 @@ def read_all_samples(args: Args) -> dict[str, Rows]:
             for post_id, row in rows.items():
                 # An id may be a mere row number: only the same post makes the two responses rivals.
                 if rivals.get(post_id, {}).get("query") != row["query"]:
-                    fail(f"{path}: id {post_id} is not, or with another query, in --against {args.against}")
+                    refuse(f"{path}: id {post_id} is not, or with another query, in --against {args.against}")
                 row["reference"] = rivals[post_id]["response"]
     return samples
 
@@ -513,11 +513,11 @@ def load_template(path: Optional[str]) -> str:
     """The prompt's template: the one above, or the file's if it has the headings and placeholders."""
     if path is None:
         return TEMPLATE
-    with explain(f"--template {path}: cannot be read as text in UTF-8"):
+    with refuse_on_error(f"--template {path}: cannot be read as text in UTF-8"):
         template = Path(path).read_text(encoding="utf-8").strip()
     lines = "\n".join(["", *(line.strip() for line in template.splitlines() if line.strip())])
     if "\n".join(["", *PARTS, ""]) not in lines or any(template.count(part) != 1 for part in PARTS):
-        fail(f"--template {path}: needs, once and in this order, lines of their own: {', '.join(PARTS)} and what to do")
+        refuse(f"--template {path}: needs, once and in order, lines of their own: {', '.join(PARTS)} and what to do")
     return template
 
 
@@ -527,7 +527,7 @@ def load_length(tokenizer: Optional[str]):
         return (lambda text: len(text.split())), "words"
     from transformers import AutoTokenizer, logging
     logging.set_verbosity_error()
-    with explain(f"--tokenizer {tokenizer}: cannot be loaded"):
+    with refuse_on_error(f"--tokenizer {tokenizer}: cannot be loaded"):
         loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     # With the space that a policy writes first, and without EOS, so that an empty text has length 0.
     return (lambda text: len(loaded(" " + text, add_special_tokens=False).input_ids) if text else 0), "tokens"
@@ -593,7 +593,7 @@ def write_page(samples: dict[str, Rows], summary: dict, measure, args: Args):
             posts.setdefault(tuple(post.values())[:3], post)["systems"].append(system)
     picture = base64.b64encode(Path(args.output_dir, "report.png").read_bytes()).decode()
     page = Environment(autoescape=True).from_string(template.read_text(encoding="utf-8"))
-    write_text(f"{args.output_dir}/report.html", page.render(posts=[*posts.values()], summary=summary, picture=picture))
+    write_file(f"{args.output_dir}/report.html", page.render(posts=[*posts.values()], summary=summary, picture=picture))
 
 
 def print_summary(summary: dict):
@@ -609,24 +609,24 @@ def print_summary(summary: dict):
 
 
 # ---- What every long run needs ---------------------------------------------------------------------------------------
-def fail(message: str):
+def refuse(message: str):
     """End the run with one clear line on stderr and exit code 2: for what the user can fix, not for bugs."""
     tqdm.write(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
 @contextmanager
-def explain(message: str):
+def refuse_on_error(message: str):
     """Turn an error of a library or of the disk into one clear line."""
     try:
         yield
     except Exception as error:
-        fail(f"{message} ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
+        refuse(f"{message} ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
 
 
-def write_text(path: str, text: str):
+def write_file(path: str, text: str):
     """Write a file atomically: under a temporary name in the same folder, then renamed."""
-    with explain(f"{path} cannot be written"):
+    with refuse_on_error(f"{path} cannot be written"):
         Path(f"{path}.tmp").write_text(text, encoding="utf-8")
         os.replace(f"{path}.tmp", path)
 
@@ -643,12 +643,12 @@ def claim_folder(folder: str) -> FileLock:
     """Make and lock the output folder. One that holds a model, data or another script's run is refused."""
     os.makedirs(folder, exist_ok=True)
     lock = FileLock(f"{folder}/.lock", blocking=False)
-    with explain(f"--output_dir {folder} is in use by another run: wait for it to end"):
+    with refuse_on_error(f"--output_dir {folder} is in use by another run: wait for it to end"):
         lock.acquire()  # until the process ends, however that may be
     names = [name for name in os.listdir(folder) if not re.fullmatch(r"\..*|args\.json\.tmp", name)]
     is_ours = "args.json" in names and b'"script": "eval_judge.py"' in Path(folder, "args.json").read_bytes()
     if names and not is_ours:
-        fail(f"--output_dir {folder} holds {min(names)}, which is not from this script: take another folder")
+        refuse(f"--output_dir {folder} holds {min(names)}, which is not from this script: take another folder")
     return lock
 
 
@@ -656,7 +656,7 @@ def write_args(args: Args):
     """Write args.json: flags and versions, so that a figure can be traced."""
     record = {"script": "eval_judge.py", "args": asdict(args), "command": sys.argv, "seed": args.seed}
     record["versions"] = {name: version(name) for name in ("openai", "numpy", "scipy", "scikit-learn")}
-    write_text(f"{args.output_dir}/args.json", json.dumps(record, indent=2) + "\n")
+    write_file(f"{args.output_dir}/args.json", json.dumps(record, indent=2) + "\n")
 
 
 def load_verdicts(path: str, questions: dict[Key, str], identity: dict) -> dict[Key, str]:
@@ -673,10 +673,10 @@ def load_verdicts(path: str, questions: dict[Key, str], identity: dict) -> dict[
             other = [name for name, value in same.items() if verdict[name] != value]
             preferred = verdict["preferred"]
         except (ValueError, LookupError, TypeError, RecursionError):
-            fail(f"{path}, line {number}: is no verdict of this script; remove the line, or take another --output_dir")
+            refuse(f"{path}, line {number}: is no verdict of this script; remove it, or take another --output_dir")
         if other:
             what = {"prompt_sha256": "--template", "order_seed": "--seed", "question_sha256": "text"}
-            fail(f"{path}, line {number}: id {key[1]} of {key[0]} was judged with another "
+            refuse(f"{path}, line {number}: id {key[1]} of {key[0]} was judged with another "
                  f"{what.get(other[0], '--' + other[0])}: take the old one, or another --output_dir")
         if key in questions and preferred in ("response", "reference"):
             verdicts[key] = preferred
@@ -721,14 +721,14 @@ def main():
             # 4. Count, and report
             summary = {name: getattr(args, name) for name in ("judge_model", "order", "seed", "against")}
             summary |= {"prompt_sha256": sha256(template)} | summarise(samples, verdicts, measure, unit, args)
-            write_text(f"{args.output_dir}/summary.json", json.dumps(summary, indent=2) + "\n")
+            write_file(f"{args.output_dir}/summary.json", json.dumps(summary, indent=2) + "\n")
             draw_report(summary, f"{args.output_dir}/report.png")
             write_page(samples, summary, measure, args)
             print_summary(summary)
     except JudgeError as error:
-        fail(f"{error}; {kept}")
+        refuse(f"{error}; {kept}")
     except OSError as error:
-        fail(f"--output_dir {args.output_dir} cannot be written ({error}); {kept}")
+        refuse(f"--output_dir {args.output_dir} cannot be written ({error}); {kept}")
     except KeyboardInterrupt:
         say(f"interrupted; {kept}")
         raise SystemExit(130)
