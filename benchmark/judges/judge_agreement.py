@@ -18,14 +18,14 @@ from pathlib import Path
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from eval_judge import agreement, fail  # noqa: E402
+from eval_judge import agreement, refuse  # noqa: E402
 
 
 def read_results(folder):
     """{(samples file, post): mean over the orders of 1 for a win of the response and 0 for a loss}."""
     path = os.path.join(folder, "verdicts.jsonl")
     if not os.path.exists(path):
-        fail(f"{path} does not exist: name output folders of eval_judge.py")
+        refuse(f"{path} does not exist: name output folders of eval_judge.py")
     verdicts = pd.read_json(path, lines=True, dtype=False)
     # A later verdict on the same question replaces an unreadable one.
     verdicts = verdicts.drop_duplicates(["samples", "id", "response_was_shown_as"], keep="last")
@@ -39,7 +39,7 @@ def main():
         sys.exit(__doc__)
     both = pd.concat(list(map(read_results, sys.argv[1:])), axis=1, join="inner", keys=("first", "second"))
     if both.empty:
-        fail(f"{sys.argv[1]} and {sys.argv[2]} have judged no samples file in common")
+        refuse(f"{sys.argv[1]} and {sys.argv[2]} have judged no samples file in common")
     for samples, rows in both.groupby("samples"):
         print(json.dumps({"samples": samples} | agreement(rows["first"].tolist(), rows["second"].tolist())))
 
