@@ -1,42 +1,37 @@
 """
-What is each implementation detail worth? Every diff in this folder against the unchanged scripts.
+What is each implementation detail worth? Every diff in this folder against the unchanged scripts, seed by seed.
 
-    python benchmark/ablations/ablate.py                        # all diffs, four seeds: about two hours on two cores
-    python benchmark/ablations/ablate.py --only no_kl dropout   # some of them; the report is of all that have been run
-    python benchmark/ablations/ablate.py --smoke --seeds 1      # a small world, two updates of PPO
+    python benchmark/ablations/ablate.py                          # all diffs, 16 seeds: a night and more on two cores
+    python benchmark/ablations/ablate.py --only no_kl dropout     # some of them; the report is of all that have been run
+    python benchmark/ablations/ablate.py --only baseline --world_seed 2     # the unchanged scripts in another world
+    python benchmark/ablations/ablate.py --smoke --seeds 1        # a small world, two updates of PPO
 
-A diff is applied to a copy of sft.py, reward.py and ppo.py, and the copy is run beside the unchanged scripts: the
-same world, seeds and flags. Only the stages from the first changed script on are run again; those before are the
-baseline's. A flag whose default a diff changes is left out of the command, so that the diff decides. The first
-lines of a diff are its header:
+A diff is applied to a copy of sft.py, reward.py and ppo.py, and the copy is run with the world, seeds and flags of the
+unchanged scripts. Only the stages from the first changed script on are run again; those before are the baseline's. A
+flag whose default a diff changes is left out of the command, so that the diff decides. A diff begins with its header:
     title, detail, changes, expected, note    for the reader; `detail` refers to the table of details in the README
     stages                                    the stages that are run again
     processes: 2                              compared with a baseline whose reward model and PPO ran in two
     flags: STAGE --NAME VALUE ...             flags of that stage, for a baseline of its own as well as for the diff
 
-The baseline is the quickstart with 16 updates of PPO instead of 30, PPO's micro-batch being 32, accumulated 4
-times. What is measured of a run, on the 600 test posts at the evaluation temperature of 0.01:
+The baseline is the quickstart. What is measured of a run, on the 600 test posts at the evaluation temperature of 0.01:
+    gold               mean gold score of the responses (`gold_score` in tiny_env.py): the primary outcome
     win_rate           share of responses with a higher gold score than the reference; ties count half
-    gold               mean gold score of the responses (`gold_score` in tiny_env.py)
     kl                 eval/kl: log-ratio of policy and SFT model summed over a response
     ratio_first_dev    val/ratio_first_dev of the first update: the largest distance of a ratio from 1 before any step
     score, length, eos_share           score of the reward model, tokens, share that end by EOS
     accuracy, rm_loss, sft_loss, rougeL, sft_win_rate, sft_gold        of the stages before PPO
 
-The rule of the verdict. A run has failed if one of its stages ended with an error, or if the gold score of its
-policy is below that of the baseline's SFT model with the same seed: then PPO has done harm.
-    fails outright              at least half of the seeds have failed
-    matters                     else, if the 95% t-interval of the paired differences (ablation minus baseline, over the
-                                seeds that ended) excludes 0 for the win rate or for the gold score
-    no measurable effect here   else. It does not say that there is none: the interval says what could be seen.
-Among 29 ablations without any effect, one to three would be called "matters" by chance.
+The verdict, fixed before any run. Differences are ablation minus baseline in the gold score, paired by seed. A run that
+ends with an error counts with the gold score of its SFT model: PPO has given nothing.
+    matters                  the p-value of the paired t-test, corrected by Holm for all ablations, is below 0.05
+    worth less than a tenth  else, if the 95% t-interval, uncorrected, lies within a tenth of what PPO gains over SFT
+    undecided                else
 
-WORK_DIR/VARIANT/seedN.json holds the figures of a run, or its error; a run that has one is not repeated, and one
-that was interrupted continues from its checkpoint. Runs of other scripts or flags are refused: name another
---work_dir then.
+benchmark/results/ablations.jsonl has one line per run, added when the run ends; a run that has one is not repeated, and
+one that was interrupted continues. Lines of other scripts stay: each names its commit. Delete those to be run again.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -53,7 +48,9 @@ from pathlib import Path
 from typing import Literal, Optional
 
 import numpy as np
+import torch
 import tyro
+from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmark.systems.processes import ROOT, Jobs, describe_machine, launch, write_atomically  # noqa: E402
@@ -66,47 +63,43 @@ STAGES = ("sft", "reward", "ppo")
 
 @dataclass
 class Args:
-    seeds: tuple[int, ...] = (44413, 55513, 66613, 77713)
-    """seeds of the runs; every ablation is compared with the baseline seed by seed"""
+    seeds: tuple[int, ...] = tuple(range(1, 17))  # of the runs; an ablation is compared with the baseline seed by seed
     only: tuple[str, ...] = ()  # names of the ablations to run (their baselines are run as well); default: all
+    world_seed: int = 1  # seed of the tiny world
     jobs: int = 2  # runs side by side, one thread each; runs of two processes are made one at a time
-    work_dir: Path = Path("runs/ablations")  # folder for the world and the runs
+    work_dir: Path = Path("runs/ablations")  # folder for the worlds and the runs
     out: Optional[Path] = None
-    """file for the results, with tables (.md) and picture (.png) beside it. Default: benchmark/results/ablations.json;
-    with --smoke or --split validation, ablations.json in the folder of the runs"""
+    """file for the runs (.jsonl), with tables (.md) and picture (.png) beside it. Default:
+    benchmark/results/ablations.jsonl; with --smoke or --split validation, in the folder of the runs"""
     smoke: bool = False  # a small world and a few updates: for trying out the harness, the figures mean nothing
     split: Literal["test", "validation"] = "test"  # split that is evaluated; each has a folder of its own in WORK_DIR
 
 
 # ---- The setting -----------------------------------------------------------------------------------------------------
-# What differs from the scripts' defaults, as in quickstart.sh but for what the header names.
+# What differs from the scripts' defaults, as in quickstart.sh.
 FLAGS = {
     "sft": dict(
         total_episodes=24000, lr=1e-3, warm_up_steps=20, local_micro_batch_size=16, response_loss_only=True,
         response_length=28,
     ),
     "reward": dict(
-        total_episodes=32000, lr=1e-3, warm_up_steps=20, local_micro_batch_size=16, normalization_rows=2000,
+        total_episodes=24000, lr=1e-3, warm_up_steps=20, local_micro_batch_size=16, normalization_rows=2000,
     ),
     "ppo": dict(
-        total_episodes=2048, lr=1e-3, local_micro_batch_size=32, local_rollout_forward_batch_size=128,
-        response_length=28, print_samples_every=0,
+        total_episodes=2560, lr=1e-3, local_micro_batch_size=64, gradient_accumulation_steps=2,
+        local_rollout_forward_batch_size=128, response_length=28, print_samples_every=0,
     ),
 }  # fmt: skip
-WORLD: dict = {}
 SMOKE_FLAGS = {
     "sft": dict(total_episodes=320, max_eval_rows=20),
     "reward": dict(total_episodes=320, normalization_rows=50, max_eval_rows=40),
-    "ppo": dict(total_episodes=64, local_micro_batch_size=8, max_eval_rows=20),  # two updates
+    # Two updates.
+    "ppo": dict(total_episodes=64, local_micro_batch_size=8, gradient_accumulation_steps=4, max_eval_rows=20),
 }
 SMOKE_WORLD = dict(
     num_values=4, max_fillers=0, distractor_share=0, num_train_posts=600, num_train_pairs=400, num_validation_posts=20,
     num_test_posts=20, num_validation_pairs=20, num_test_pairs=40, num_cnndm_pairs=4,
 )  # fmt: skip
-
-
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 # ---- Diffs and what is run of them -----------------------------------------------------------------------------------
@@ -208,36 +201,40 @@ class Harness:
 
     def __init__(self, args: Args):
         self.args = args
-        self.root = Path(args.work_dir, ("smoke" if args.smoke else "full") + f"-{args.split}").resolve()
+        # Two kernels round differently, which is as good as another seed.
+        self.where = {"world": args.world_seed, "kernels": torch.backends.cpu.get_cpu_capability()}
+        name = f"{'smoke' if args.smoke else 'full'}-{args.split}-{'-'.join(map(str, self.where.values()))}"
+        self.root = Path(args.work_dir, name).resolve()
         self.world = self.root / "world"
         self.flags = {stage: FLAGS[stage] | (SMOKE_FLAGS[stage] if args.smoke else {}) for stage in STAGES}
-        self.world_flags = SMOKE_WORLD if args.smoke else WORLD
-        # One thread per process, no network, no GPU, and a cache of tokenized data that all runs share.
+        default = self.root if args.smoke or args.split != "test" else ROOT / "benchmark" / "results"
+        self.out = args.out or default / "ablations.jsonl"
+        # One thread per process, no network, no GPU.
         environment = dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", DS_ACCELERATOR="cpu")
-        self.jobs = Jobs(**environment, TOKENIZERS_PARALLELISM="false", HF_DATASETS_CACHE=str(self.root / "cache"))
+        self.jobs = Jobs(**environment, TOKENIZERS_PARALLELISM="false")
 
-    def setting(self, variant: Variant) -> dict:
-        """What decides the figures of a variant."""
-        texts = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in patched_scripts(variant).items()}
-        return {"scripts": texts, "flags": self.flags, "own_flags": variant.flags, "world": self.world_flags}
+    def runs(self) -> list[dict]:
+        """All runs that are recorded, of other worlds and kernels too."""
+        return [json.loads(line) for line in self.out.read_text().splitlines()] if self.out.exists() else []
 
-    def matches(self, variant: Variant) -> bool:
-        """Whether the runs in the variant's folder were made with the present scripts and flags."""
-        path = self.root / variant.name / "setting.json"
-        return path.exists() and read_json(path) == self.setting(variant)
+    def recorded(self, variant: Variant, seed: int) -> bool:
+        key = self.where | {"variant": variant.name, "seed": seed}
+        return any(key.items() <= run.items() for run in self.runs())
 
     def prepare(self, variants: list[Variant]):
         """World and scripts, or one line that says why not."""
         for variant in variants:
-            folder = self.root / variant.name
-            if (folder / "setting.json").exists() and not self.matches(variant):
-                fail(f"{folder} holds runs of other scripts or flags: remove it, or name another --work_dir")
-            (folder / "scripts").mkdir(parents=True, exist_ok=True)
-            for name, text in patched_scripts(variant).items():
-                (folder / "scripts" / name).write_text(text, encoding="utf-8")
-            write_atomically(folder / "setting.json", json.dumps(self.setting(variant), indent=1))
+            folder = self.root / variant.name / "scripts"
+            texts = patched_scripts(variant)
+            if folder.exists() and any((folder / name).read_text() != text for name, text in texts.items()):
+                fail(f"{folder.parent} holds runs of other scripts: remove it, or name another --work_dir")
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, text in texts.items():
+                write_atomically(folder / name, text)
         command = [sys.executable, ROOT / "benchmark/tiny_world/tiny_env.py", "--output_dir", self.world]
-        command += [part for name, value in self.world_flags.items() for part in (f"--{name}", value)]
+        command += ["--seed", self.args.world_seed]
+        if self.args.smoke:
+            command += [part for name, value in SMOKE_WORLD.items() for part in (f"--{name}", value)]
         if self.jobs.run(command, self.root / "world.log") != 0:
             fail(f"the world could not be made, see {self.root}/world.log")
 
@@ -253,7 +250,7 @@ class Harness:
         flags |= {"local_micro_batch_size": flags["local_micro_batch_size"] // variant.processes}  # the same batch
         flags = {name: value for name, value in flags.items() if name not in variant.decided[stage]}
         flags |= {"seed": seed, "query_dataset": f"{self.world}/posts", "run_eval": True, "eval_split": self.args.split}
-        flags |= {"local_eval_batch_size": 200, "keep": 1, "output_dir": self.folder(variant, seed, stage)}
+        flags |= {"local_eval_batch_size": 200, "save_every": 0, "output_dir": self.folder(variant, seed, stage)}
         models = {f"{name}_model_path": self.folder(variant, seed, name) for name in STAGES[: STAGES.index(stage)]}
         own = {"sft": {"base_model": "base_model"}, "reward": {"label_dataset": "comparisons"}, "ppo": {}}[stage]
         flags |= models | {name: self.world / folder for name, folder in own.items()}
@@ -264,12 +261,13 @@ class Harness:
         return launch(self.root / variant.name / "scripts" / f"{stage}.py", words, config, variant.processes)
 
     def run(self, variant: Variant, seed: int):
-        """The stages of one variant and seed, one after the other, and its figures."""
-        path, begin = self.root / variant.name / f"seed{seed}.json", time.time()
-        if path.exists():
+        """The stages of one variant and seed, one after the other, and its line in the file of all runs."""
+        recorded = self.recorded(variant, seed)
+        if recorded and variant.path:
             return
-        error = ""
-        for stage in variant.stages:
+        begin, error = time.time(), ""
+        # What stands on a baseline needs its models: on a fresh machine they are made again.
+        for stage in variant.stages[:-1] if recorded else variant.stages:
             folder = self.folder(variant, seed, stage)
             log = folder.with_name(f"{stage}.log")
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -282,20 +280,25 @@ class Harness:
                 break
         if error and not variant.path:
             fail(f"a baseline failed, there is nothing to compare with: {error}")
+        if recorded:
+            return
         result = {"error": error} if error else self.measure(variant, seed)
-        write_atomically(path, json.dumps(result | {"seconds": time.time() - begin}, indent=1))
-        what = error or f"win rate {result['win_rate']:.3f}, gold score {result['gold']:.3f}"
-        print(f"{variant.name}, seed {seed}: {time.time() - begin:.0f} s, {what}", flush=True)
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        about = {"commit": commit.stdout.strip(), "date": date.today().isoformat(), "machine": describe_machine()}
+        about |= {"seconds": round(time.time() - begin)}
+        with open(self.out, "a", encoding="utf-8") as file:
+            file.write(json.dumps(self.where | {"variant": variant.name, "seed": seed} | result | about) + "\n")
+        if variant.path:  # nothing stands on it
+            shutil.rmtree(self.root / variant.name / f"seed{seed}")
+        print(f"{variant.name}, seed {seed}: {about['seconds']} s, {result}", flush=True)
 
-    def run_all(self, variants: list[Variant], seeds: tuple[int, ...]):
+    def run_all(self, variants: list[Variant]):
         """All runs: baselines before what stands on them; runs of one process side by side, those of two alone."""
-        begin = time.time()
         for depth, processes in sorted({(variant.depth, variant.processes) for variant in variants}):
             chosen = [v for v in variants if (v.depth, v.processes) == (depth, processes)]
-            items = [(variant, seed) for variant in chosen for seed in seeds]
+            items = [(variant, seed) for variant in chosen for seed in self.args.seeds]
             self.jobs.map(self.run, items, self.args.jobs if processes == 1 else 1)
-            print(f"{len(chosen)} variants done, {(time.time() - begin) / 60:.0f} min so far", flush=True)
-        missing = [(v.name, s) for v in variants for s in seeds if not (self.root / v.name / f"seed{s}.json").exists()]
+        missing = [(v.name, seed) for v in variants for seed in self.args.seeds if not self.recorded(v, seed)]
         if missing:
             fail(f"{len(missing)} runs are not complete, {missing[0]} is the first; the same command continues")
 
@@ -309,143 +312,145 @@ class Harness:
         keys = {"kl": "kl", "score": "score", "length": "response_length", "eos_share": "eos_share"}
         reports = ((ppo, keys), (reward, {"accuracy": "accuracy", "rm_loss": "loss"}))
         for folder, names in (*reports, (sft, {"sft_loss": "loss", "rougeL": "rougeL"})):
-            summary = read_json(folder / "summary.json")
+            summary = json.loads((folder / "summary.json").read_text())
             result |= {name: summary[f"eval/{key}"] for name, key in names.items()}
         first_update = json.loads((ppo / "metrics.jsonl").read_text().splitlines()[0])
-        return result | {"ratio_first_dev": first_update["val/ratio_first_dev"]}
-
-    def figures(self, variant: Variant) -> dict:
-        """seed -> the figures of a variant's runs, as far as there are any."""
-        paths = {seed: self.root / variant.name / f"seed{seed}.json" for seed in self.args.seeds}
-        return {seed: read_json(path) for seed, path in paths.items() if path.exists()}
+        result |= {"ratio_first_dev": first_update["val/ratio_first_dev"]}
+        return {name: float(f"{value:.5g}") for name, value in result.items()}
 
 
 # ---- The report ------------------------------------------------------------------------------------------------------
-def paired_difference(ablated: list[float], baseline: list[float]) -> dict:
-    """The differences ablated - baseline over seeds, and their mean with its 95% t-interval."""
-    differences = np.array(ablated) - np.array(baseline)
-    result = {"n": len(differences), "differences": differences.tolist()}
-    return result | (mean_interval(differences) if len(differences) else {})
+FIGURES = ("gold", "win_rate", "kl", "ratio_first_dev", "length", "eos_share", "accuracy", "sft_win_rate")
 
 
-def verdict(failed: int, total: int, differences: dict) -> str:
-    """The rule of the header."""
-    if 2 * failed >= total:
-        return "fails outright"
-    bounds = [(differences[name]["low"], differences[name]["high"]) for name in ("win_rate", "gold")]
-    if (None, None) in bounds:
-        return "too few runs"
-    return "matters" if any(not low <= 0 <= high for low, high in bounds) else "no measurable effect here"
+def holm(p_values: list[float]) -> list[float]:
+    """
+    P-values corrected for their number by Holm's method (Scandinavian Journal of Statistics 6, 1979).
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(np.argsort(p_values, kind="stable")):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        corrected[i] = largest
+    return corrected
 
 
-def compare(ablated: dict, baseline: dict) -> dict:
-    """seed -> figures of both sides to what the report says of an ablation."""
-    seeds = [seed for seed in ablated if "gold" in baseline.get(seed, {})]
-    if not seeds:
-        return {"seeds": [], "errors": [], "collapsed": [], "difference": {}, "verdict": "not run"}
+def difference(ablated: dict, baseline: dict) -> dict:
+    """
+    Runs of both sides by seed -> per figure, mean of the paired differences with its 95% t-interval; `p` of the gold
+    score; `gain`, what PPO gains over SFT in the baseline; `errors`.
+    """
+    seeds = sorted(set(ablated) & set(baseline))
+    golds = [ablated[seed].get("gold", baseline[seed]["sft_gold"]) - baseline[seed]["gold"] for seed in seeds]
     ended = [seed for seed in seeds if "error" not in ablated[seed]]
-    errors = [seed for seed in seeds if seed not in ended]
-    collapsed = [seed for seed in ended if ablated[seed]["gold"] < baseline[seed]["sft_gold"]]
-    differences = {}
-    for name in baseline[seeds[0]]:
-        differences[name] = paired_difference(*[[side[seed][name] for seed in ended] for side in (ablated, baseline)])
-    result = {"seeds": seeds, "errors": errors, "collapsed": collapsed, "difference": differences}
-    return result | {"verdict": verdict(len(errors) + len(collapsed), len(seeds), differences)}
+    result = {"n": len(seeds), "errors": len(seeds) - len(ended)}
+    for name in FIGURES[1:]:
+        values = [ablated[seed][name] - baseline[seed][name] for seed in ended]
+        result[name] = mean_interval(values) if values else {}
+    result["gold"] = mean_interval(golds)
+    result["golds"] = golds
+    result["gain"] = float(np.mean([baseline[seed]["gold"] - baseline[seed]["sft_gold"] for seed in seeds]))
+    same = np.ptp(golds) == 0  # the t-test divides by the standard deviation of the differences
+    result["p"] = float(golds[0] == 0) if same else float(stats.ttest_1samp(golds, 0.0).pvalue)
+    return result
 
 
-def make_report(harness: Harness, variants: list[Variant]) -> dict:
-    """What JSON file, table and picture show: all that was run with the present scripts, in earlier calls too."""
-    variants = [variant for variant in variants if harness.matches(variant)]
-    measured = {variant.name: harness.figures(variant) for variant in with_baselines(variants)}
-    seconds = [run.pop("seconds") for runs in measured.values() for run in runs.values()]
-    report = {"command": " ".join(["python", "benchmark/ablations/ablate.py", *sys.argv[1:]])}
-    report |= {"date": date.today().isoformat(), "hardware": describe_machine(), "run_seconds": sum(seconds)}
-    report |= {"setting": {"flags": harness.flags, "world": harness.world_flags}, "split": harness.args.split}
-    report["seeds"] = list(harness.args.seeds)
-    report["baselines"] = {v.name: measured[v.name] for v in with_baselines(variants) if not v.path}
-    report["ablations"] = {}
-    for variant in variants:
-        runs = measured[variant.name]
-        entry = variant.header | {"baseline": variant.base.name} | compare(runs, measured[variant.base.name])
-        report["ablations"][variant.name] = entry | {"runs": runs}
-    return report
+def verdict(found: dict, corrected_p: float) -> str:
+    """The rule of the header."""
+    if corrected_p < 0.05:
+        return "matters"
+    low, high, tenth = found["gold"]["low"], found["gold"]["high"], found["gain"] / 10
+    return "worth less than a tenth" if low is not None and -tenth <= low and high <= tenth else "undecided"
 
 
-def cell(difference: dict) -> str:
+def compare(runs: list[dict], where: dict, variants: list[Variant]) -> dict:
+    """name -> what the report says of each ablation that has been run in this world and with these kernels."""
+    measured = defaultdict(dict)
+    for run in runs:
+        if where.items() <= run.items():
+            measured[run["variant"]][run["seed"]] = run
+    found = {v.name: difference(measured[v.name], measured[v.base.name]) for v in variants if measured[v.name]}
+    for entry, p in zip(found.values(), holm([entry["p"] for entry in found.values()])):
+        entry |= {"corrected_p": p, "verdict": verdict(entry, p)}
+    return found
+
+
+def baselines_table(runs: list[dict]) -> list[str]:
+    """The unchanged scripts: every figure over the seeds, per world and kernels."""
+    lines = [
+        "| baseline | world | kernels | seeds | " + " | ".join(FIGURES) + " |",
+        "|---|" + "---|" * (3 + len(FIGURES)),
+    ]
+    groups = defaultdict(list)
+    for run in runs:
+        if run["variant"].startswith("baseline"):
+            groups[run["variant"], run["world"], run["kernels"]].append(run)
+    for key, group in sorted(groups.items()):
+        cells = []
+        for name in FIGURES:
+            values = [run[name] for run in group]
+            spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.3f}{spread} ({min(values):.3f} to {max(values):.3f})")
+        lines.append(f"| {' | '.join(map(str, key))} | {len(group)} | {' | '.join(cells)} |")
+    return [*lines, "", "Mean ± standard deviation over seeds (least to largest)."]
+
+
+def cell(found: dict, form: str = "+.3f") -> str:
     """A mean with its interval."""
-    if "mean" not in difference:
-        return ""
-    bounds = [f"{difference[name]:+.3f}" for name in ("low", "high") if difference.get(name) is not None]
-    return f"{difference['mean']:+.3f}" + (f" [{', '.join(bounds)}]" if bounds else "")
+    bounds = [f"{found[name]:{form}}" for name in ("low", "high") if found.get(name) is not None]
+    return (f"{found['mean']:{form}}" if found else "") + (f" [{', '.join(bounds)}]" if bounds else "")
 
 
-def mean_of(runs: dict, name: str) -> float:
-    """Mean of a figure over the seeds that have it."""
-    values = [run[name] for run in runs.values() if name in run]
-    return float(np.mean(values)) if values else math.nan
-
-
-def markdown(report: dict) -> str:
-    """The tables: baselines, and differences from them."""
-    names = ("win_rate", "gold", "kl", "ratio_first_dev", "score", "length", "eos_share", "accuracy", "rougeL")
-    head = "win rate | gold score | KL | largest distance of a first ratio from 1"
-    lines = [f"| baseline, mean over seeds | {head} | RM score | tokens | EOS | RM accuracy | SFT ROUGE-L |"]
-    lines.append("|---|" + "---|" * len(names))
-    for baseline, runs in report["baselines"].items():
-        means = {name: mean_of(runs, name) for name in names}
-        cells = [f"{mean:.1e}" if name == "ratio_first_dev" else f"{mean:.3f}" for name, mean in means.items()]
-        lines.append(f"| {baseline} | {' | '.join(cells)} |")
-    # The worst first; those without any policy before them.
-    entries = [(name, entry) for name, entry in report["ablations"].items() if entry["seeds"]]
-    entries.sort(key=lambda item: item[1]["difference"]["win_rate"].get("mean", -2))
-    lines += ["", "Ablation minus baseline: mean of the paired differences with its 95% t-interval over the seeds."]
-    lines += ["Tokens and EOS are the ablation's own, not differences.", ""]
-    lines += [f"| ablation | detail | {head} | tokens | EOS | failed | verdict |", "|---|" + "---|" * 9]
-    for name, entry in entries:
-        cells = [f"{entry['title']} (`{name}`)", entry["detail"]]
-        cells += [cell(entry["difference"][key]) for key in names[:4]]
-        for key, form in (("length", ".1f"), ("eos_share", ".2f")):
-            mean = mean_of(entry["runs"], key)
-            cells.append("" if math.isnan(mean) else f"{mean:{form}}")  # nan: no run has ended
-        cells += [f"{len(entry['errors'] + entry['collapsed'])} of {len(entry['seeds'])}", entry["verdict"]]
+def markdown(runs: list[dict], found: dict, variants: list[Variant]) -> str:
+    """The tables: baselines, and differences from them, the largest losses first."""
+    lines = baselines_table(runs)
+    lines += ["", "Ablation minus baseline, paired by seed: mean with its 95% t-interval. p is that of the gold score,"]
+    lines += [f"corrected by Holm for {len(found)} ablations.", ""]
+    head = "gold score | win rate | KL | first ratio from 1 | tokens | EOS share | p | p corrected | errors | verdict"
+    lines += [f"| ablation | detail | seeds | {head} |", "|---|" + "---|" * (3 + head.count("|"))]
+    headers = {variant.name: variant.header for variant in variants}
+    for name, entry in sorted(found.items(), key=lambda item: item[1]["gold"]["mean"]):
+        cells = [f"{headers[name]['title']} (`{name}`)", headers[name]["detail"], str(entry["n"])]
+        cells += [cell(entry[key]) for key in FIGURES[:3]] + [cell(entry["ratio_first_dev"], "+.1e")]
+        cells += [cell(entry["length"], "+.1f"), cell(entry["eos_share"], "+.2f")]
+        cells += [f"{entry['p']:.2g}", f"{entry['corrected_p']:.2g}", str(entry["errors"]), entry["verdict"]]
         lines.append(f"| {' | '.join(cells)} |")
-    errors = [(n, seed, run["error"]) for n, entry in entries for seed, run in entry["runs"].items() if "error" in run]
-    lines += [""] * bool(errors) + [f"- `{n}`, seed {seed} ended with an error in {error}" for n, seed, error in errors]
     return "\n".join(lines)
 
 
-def draw(report: dict, path: Path):
-    """The forest plot of the win rates: one line per ablation, every seed a dot, the 95% interval a bar."""
+def draw(found: dict, variants: list[Variant], path: Path):
+    """The forest plot of the gold scores: one line per ablation, every seed a dot, the 95% interval a bar."""
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
-    rows = [entry for entry in report["ablations"].values() if entry["seeds"]]
-    rows.sort(key=lambda entry: entry["difference"]["win_rate"].get("mean", -2))  # the worst end up at the bottom
+    headers = {variant.name: variant.header for variant in variants}
+    rows = sorted(found.items(), key=lambda item: item[1]["gold"]["mean"])  # the worst end up at the bottom
     figure = Figure(figsize=(11, 2.2 + 0.3 * len(rows)), dpi=130, layout="constrained")
     axes = figure.subplots()
-    colours = {"fails outright": "tab:red", "matters": "tab:orange", "no measurable effect here": "tab:blue"}
-    for y, entry in enumerate(rows):
-        colour, found = colours.get(entry["verdict"], "grey"), entry["difference"]["win_rate"]
-        points = 100 * np.array(found["differences"])
-        axes.plot(points, np.full(len(points), y), "o", color=colour, markersize=3.5, alpha=0.6)
-        if found.get("low") is not None:
-            # A win rate lies between 0 and 1: no difference exceeds 100 points, whatever t says of few seeds.
-            bounds = np.clip([100 * found["low"], 100 * found["high"]], -100, 100)
-            axes.plot(bounds, [y, y], color=colour, linewidth=1.6)
-        if len(points):
-            axes.plot(points.mean(), y, "|", color=colour, markersize=11, markeredgewidth=2)
+    colours = {"matters": "tab:red", "worth less than a tenth": "tab:green", "undecided": "tab:grey"}
+    for y, (name, entry) in enumerate(rows):
+        colour, gold = colours[entry["verdict"]], entry["gold"]
+        axes.plot(entry["golds"], np.full(len(entry["golds"]), y), "o", color=colour, markersize=3, alpha=0.4)
+        if gold["low"] is not None:
+            axes.plot([gold["low"], gold["high"]], [y, y], color=colour, linewidth=1.8)
+        axes.plot(gold["mean"], y, "|", color=colour, markersize=11, markeredgewidth=2)
+    if rows:
+        tenth = rows[0][1]["gain"] / 10
+        axes.axvspan(-tenth, tenth, color="tab:green", alpha=0.12, label="within a tenth of what PPO gains over SFT")
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(rows)), [f"{entry['title']} ({entry['detail']})" for entry in rows], fontsize=8)
+    labels = [f"{headers[name]['title']} ({headers[name]['detail']})" for name, _ in rows]
+    axes.set_yticks(range(len(rows)), labels, fontsize=8)
     axes.set_ylim(-0.7, len(rows) - 0.3)
+    axes.set_xscale("symlog", linthresh=0.5)  # some differences are 20 times as large as others
     axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel("difference in win rate against references, percentage points (ablation minus unchanged scripts)")
-    seeds = max((len(entry["seeds"]) for entry in rows), default=0)
-    title = f"What each detail is worth in the tiny world: {len(rows)} ablations, n = {seeds} seeds each"
-    axes.set_title(title, fontsize=11)
+    axes.set_xlabel("difference in gold score (ablation minus unchanged scripts)")
+    seeds = max((entry["n"] for _, entry in rows), default=0)
+    axes.set_title(f"What each detail is worth in the tiny world: {len(rows)} ablations, {seeds} seeds", fontsize=11)
     for name, colour in colours.items():
         axes.plot([], [], "|-", color=colour, markersize=11, markeredgewidth=2, label=name)
-    axes.plot([], [], "o", color="grey", markersize=3.5, label="one seed (bars: mean and 95% t-interval)")
-    title = "verdict, by the intervals of win rate and gold score"
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8, title=title, title_fontsize=8)
+    axes.plot([], [], "o", color="grey", markersize=3, label="one seed (bars: mean and 95% t-interval)")
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(f"{path}.tmp", format="png")
     os.replace(f"{path}.tmp", path)
 
@@ -453,24 +458,24 @@ def draw(report: dict, path: Path):
 def main():
     args = tyro.cli(Args, use_underscores=True, description=__doc__)
     variants = load_variants()
-    unknown = set(args.only) - {variant.name for variant in variants}
+    known = {variant.name: variant for variant in with_baselines(variants)}
+    unknown = set(args.only) - set(known)
     if unknown:
-        fail(f"--only {' '.join(sorted(unknown))}: no such diff; there are {' '.join(v.name for v in variants)}")
+        fail(f"--only {' '.join(sorted(unknown))}: no such diff; there are {' '.join(known)}")
     if args.jobs < 1 or not args.seeds:
         fail("--jobs must be at least 1, and --seeds must name at least one")
     harness = Harness(args)
-    default = harness.root if args.smoke or args.split != "test" else ROOT / "benchmark" / "results"
-    out = args.out or default / "ablations.json"
-    if args.out and not out.resolve().parent.is_dir():
-        fail(f"--out {out}: its folder does not exist")  # now, not after two hours
-    runs = with_baselines([variant for variant in variants if variant.name in args.only or not args.only])
-    harness.prepare(runs)
-    harness.run_all(runs, args.seeds)
-    report = make_report(harness, variants)
-    write_atomically(out, json.dumps(report, indent=2) + "\n")
-    write_atomically(out.with_suffix(".md"), markdown(report) + "\n")
-    draw(report, out.with_suffix(".png"))
-    print(f"\n{markdown(report)}\n\nraw: {out}; picture: {out.with_suffix('.png')}")
+    if args.out and not args.out.resolve().parent.is_dir():
+        fail(f"--out {args.out}: its folder does not exist")  # now, not after the first run
+    chosen = with_baselines([variant for variant in known.values() if variant.name in args.only or not args.only])
+    harness.prepare(chosen)
+    harness.run_all(chosen)
+    runs = harness.runs()
+    found = compare(runs, harness.where, variants)
+    table = markdown(runs, found, variants)
+    write_atomically(harness.out.with_suffix(".md"), table + "\n")
+    draw(found, variants, harness.out.with_suffix(".png"))
+    print(f"\n{table}\n\nraw: {harness.out}; picture: {harness.out.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from common import CACHE, LENGTHS, ROOT, make_model_folder, make_posts, read_metrics, run_inside, write_rows
@@ -250,3 +251,38 @@ def test_the_evaluation_is_as_before(run_ppo):
         found.append(((folder / "samples_validation.csv").read_text(encoding="utf-8"), read_metrics(folder)))
     assert abs(found[0][1][0]["eval/kl"]) > 0.1 and 0 < found[0][1][0]["eval/eos_share"] < 1
     assert found[0] == found[1] == found[2]
+
+
+# ---- The harness -----------------------------------------------------------------------------------------------------
+def test_verdicts_follow_the_rule():
+    """Made-up runs of 16 seeds: a large loss, hardly any, a noisy one, and one whose PPO fails on every seed."""
+    rng = np.random.default_rng(0)
+    where = {"world": 1, "kernels": "X"}
+    others = dict.fromkeys(ablate.FIGURES, 0.5)
+
+    def make(variant, golds):
+        return [
+            where | others | {"variant": variant, "seed": i, "sft_gold": 2.0, "gold": g} for i, g in enumerate(golds)
+        ]
+
+    base = rng.normal(6.0, 0.3, 16)
+    runs = make("baseline", base) + make("no_kl", base - 1 + rng.normal(0, 0.2, 16))
+    runs += make("no_annealing", base + rng.normal(0, 0.05, 16)) + make("no_temperature", base + rng.normal(0, 2, 16))
+    runs += [where | {"variant": "one_epoch", "seed": seed, "error": "ppo: nan"} for seed in range(16)]
+    runs += [run | {"world": 2} for run in make("no_annealing", base - 9)]  # elsewhere
+    found = ablate.compare(runs, where, list(VARIANTS.values()))
+    verdicts = {name: entry["verdict"] for name, entry in found.items()}
+    assert verdicts == {
+        "no_kl": "matters", "no_annealing": "worth less than a tenth", "no_temperature": "undecided",
+        "one_epoch": "matters",
+    }  # fmt: skip
+    assert found["one_epoch"]["errors"] == 16 and found["one_epoch"]["gold"]["mean"] == pytest.approx(2 - base.mean())
+    # By hand: the mean, its t-interval, and Holm's factors 4, 3, 2, 1 for ascending p-values.
+    golds = np.array(found["no_kl"]["golds"])
+    half = 2.1314 * golds.std(ddof=1) / 4  # t of 15 degrees of freedom
+    assert found["no_kl"]["gold"]["low"] == pytest.approx(golds.mean() - half, abs=1e-4)
+    ordered = sorted(found.values(), key=lambda entry: entry["p"])
+    products = [factor * entry["p"] for factor, entry in zip((4, 3, 2, 1), ordered)]
+    assert [entry["corrected_p"] for entry in ordered] == pytest.approx([max(products[: i + 1]) for i in range(4)])
+    text = ablate.markdown(runs, found, list(VARIANTS.values()))
+    assert all(VARIANTS[name].header["title"] in text for name in verdicts) and "undecided" in text
