@@ -39,7 +39,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import sys
 import time
 from bisect import bisect_right
@@ -63,7 +62,7 @@ from accelerate import Accelerator, DistributedType, PartialState, load_checkpoi
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from datasets import load_dataset, load_from_disk
 from filelock import FileLock
-from huggingface_hub import HfApi, ModelCardData, snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from pyarrow.parquet import ParquetFile
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -78,7 +77,7 @@ class Args:
     seed: int = 44413  # of data order, samples and minibatches (the paper's seeds: 44413 55513 66613 77713)
     output_dir: str = "models/ppo"  # folder for all that the run writes; it must be new or empty
     resume: bool = False  # continue the run in --output_dir from its newest checkpoint, if there is one
-    save_every: int = 100  # updates between checkpoints; 0: only when a signal stops the run
+    save_every: int = 50  # updates between checkpoints; 0: none
     keep: int = 2  # number of checkpoints to keep: the newest ones
     bf16: bool = False  # compute in bfloat16, with fp32 parameters (Detail 8); overrides the launcher's setting
     offload: bool = False  # keep reference policy and reward model in CPU memory while they are not used (Detail 8)
@@ -119,7 +118,6 @@ class Args:
     local_eval_batch_size: int = 16  # rows per evaluation batch and process
     eval_temperature: float = 0.01  # sampling temperature of the evaluation
     # ---- Tracking and sharing ----
-    print_samples_every: int = 10  # print two responses of the rollout every this many updates; 0: never
     track: bool = False  # also log to Weights & Biases (WANDB_MODE=offline works)
     wandb_project_name: str = "tldr_summarize"  # project of the tracked run
     wandb_entity: Optional[str] = None  # team or user that owns the tracked run; default: yours
@@ -130,7 +128,7 @@ class Args:
 # Flags that --resume may change. Those that change the shapes of batches change rounding, and sampling.
 MAY_CHANGE = """exp_name output_dir resume save_every keep offload local_micro_batch_size gradient_accumulation_steps
     local_rollout_forward_batch_size gradient_checkpointing run_eval eval_split max_eval_rows local_eval_batch_size
-    eval_temperature print_samples_every track wandb_project_name wandb_entity push_to_hub hf_repo_id""".split()
+    eval_temperature track wandb_project_name wandb_entity push_to_hub hf_repo_id""".split()
 INVALID_LOGPROB = 1.0  # filler after the end of a response: no logprob is positive; in KL and ratio, fillers cancel
 
 
@@ -176,11 +174,10 @@ def train(args, accelerator: Accelerator, nets: Networks, optimizer, posts: list
         log_metrics(metrics, args, accelerator)
         if accelerator.is_main_process:
             names = ("scores", "kl", "rlhf_reward", "response_length")
-            tqdm.write(f"update {update + 1} " + " ".join(f"{n} {metrics[f'objective/{n}']:.3f}" for n in names))
-            if args.print_samples_every and (update + 1) % args.print_samples_every == 0:
-                texts = nets.tokenizer.batch_decode(batch["responses"][:2], skip_special_tokens=True)
-                show_samples([posts[i] | {"response": text} for i, text in zip(rows, texts)])
-        save_or_stop(args, accelerator, update + 1, num_updates)
+            numbers = " ".join(f"{name} {metrics[f'objective/{name}']:.3f}" for name in names)
+            response = nets.tokenizer.decode(batch["responses"][0], skip_special_tokens=True)
+            tqdm.write(f"update {update + 1} {numbers} {response!r}")
+        save_checkpoint(args, accelerator, update + 1, num_updates)
 
 
 # ---- The algorithm: rollout ------------------------------------------------------------------------------------------
@@ -870,7 +867,6 @@ def evaluate(args, accelerator: Accelerator, nets: Networks, posts: list[dict]) 
     if rank > 0:
         return {}
     samples = [parts[i % n][i // n] for i in range(len(posts))]  # in the order of the split again
-    show_samples(samples[:3])
     samples = pd.DataFrame(samples)
     table = samples[["id", "query", "response", "reference", "score", "reference_score"]]
     csv_text = table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC)  # an unquoted "\r" in a text would end its row
@@ -1012,17 +1008,6 @@ def fingerprint(token_ids: list[np.ndarray], model) -> str:
 
 def start_run(args, accelerator: Accelerator, record: dict, batch_size: int, digest: str) -> int:
     """Load the newest checkpoint of the run to resume, and write args.json. Returns the number of finished updates."""
-
-    def receive(number, frame):
-        accelerator.signals.append(number)
-        if accelerator.signals.count(signal.SIGINT) > 2:
-            raise KeyboardInterrupt
-
-    # SIGTERM (preemption) and SIGINT (Ctrl-C) end the run after the update. A launcher passes on what its processes
-    # have received already; so only a third Ctrl-C ends the run at once.
-    accelerator.signals = []
-    signal.signal(signal.SIGTERM, receive)
-    signal.signal(signal.SIGINT, receive)
     if record.get("digest", digest) != digest:
         fail("--resume: the data or the initial model have changed since the run was started")
     folders = checkpoints(args)
@@ -1048,25 +1033,21 @@ def start_run(args, accelerator: Accelerator, record: dict, batch_size: int, dig
     return update
 
 
-def save_or_stop(args, accelerator: Accelerator, update: int, num_updates: int):
-    """After every update: write a checkpoint if one is due, and end the run if a signal asks for it."""
-    # A scheduler may signal one process only. All must stop after the same update, or the others would wait for it.
-    number = max(gather_object(accelerator.signals), default=0)
-    if number or (args.save_every and (update % args.save_every == 0 or update == num_updates)):
-        # Networks and optimizer are all there is to save: the data order, every random number and the learning rate are
-        # functions of seed, process and update.
-        folder = f"{args.output_dir}/checkpoints/update_{update:08d}"
-        main = accelerator.is_main_process
-        with atomic(folder) if main else explain(f"{folder} cannot be written"):
-            accelerator.wait_for_everyone()
-            accelerator.save_state(f"{folder}.tmp")
-            accelerator.wait_for_everyone()
-        for older in checkpoints(args)[: -args.keep] if main else []:
-            shutil.rmtree(older)
+def save_checkpoint(args, accelerator: Accelerator, update: int, num_updates: int):
+    """After every update: write a checkpoint if one is due, and remove those that are older than the newest --keep."""
+    if args.save_every == 0 or (update % args.save_every != 0 and update != num_updates):
+        return
+    # Networks and optimizer are all there is to save: the data order, every random number and the learning rate are
+    # functions of seed, process and update.
+    folder = f"{args.output_dir}/checkpoints/update_{update:08d}"
+    main = accelerator.is_main_process
+    with atomic(folder) if main else explain(f"{folder} cannot be written"):
         accelerator.wait_for_everyone()
-    if number:
-        accelerator.print(f"{signal.Signals(number).name}: update {update} is saved, --resume continues after it")
-        raise SystemExit(128 + number)
+        accelerator.save_state(f"{folder}.tmp")
+        accelerator.wait_for_everyone()
+    for older in checkpoints(args)[: -args.keep] if main else []:
+        shutil.rmtree(older)
+    accelerator.wait_for_everyone()
 
 
 def checkpoints(args) -> list[str]:
@@ -1087,14 +1068,6 @@ def log_metrics(metrics: dict, args, accelerator: Accelerator):
     accelerator.log(metrics, step=metrics["episode"])
 
 
-def show_samples(samples: list[dict]):
-    """Print samples for a person to read: the end of the query, the response, the reference."""
-    for sample in samples:
-        tqdm.write(f"    query     ...{sample['query'][-160:]!r}")
-        tqdm.write(f"    response  {sample['response'].strip()!r}")
-        tqdm.write(f"    reference {sample['reference'].strip()!r}")
-
-
 def save_model(model, tokenizer, padding_side: str, output_dir: str):
     """Write OUTPUT_DIR/model (safetensors, config, tokenizer)."""
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = padding_side  # saved only if it is in both
@@ -1113,8 +1086,7 @@ def finish_run(args, accelerator: Accelerator, summary: dict):
         write_text(f"{args.output_dir}/summary.json", text + "\n")
         print(f"{args.exp_name}: results, also in {args.output_dir}/summary.json\n{text}")
     if args.push_to_hub and accelerator.is_main_process:
-        header = ModelCardData(library_name="transformers", tags=["rlhf", "summarization"]).to_yaml()
-        card = f"---\n{header}\n---\n{__doc__.splitlines()[1]}\n\n```json\n{text}\n```\n"
+        card = f"---\nlibrary_name: transformers\n---\n{__doc__.splitlines()[1]}\n\n```json\n{text}\n```\n"
         with explain(f"--push_to_hub: failed; later: hf upload {args.hf_repo_id} {folder} ."):
             Path(f"{folder}/README.md").write_text(card)
             HfApi().create_repo(args.hf_repo_id, exist_ok=True)
@@ -1127,7 +1099,7 @@ def finish_run(args, accelerator: Accelerator, summary: dict):
 def main():
     # 1. Flags and the output folder. Batch = micro-batch x accumulation x processes x minibatches.
     args = tyro.cli(Args, use_underscores=True, description=__doc__)
-    may_be_zero = "seed total_episodes save_every print_samples_every kl_coef vf_coef gamma lam eval_temperature"
+    may_be_zero = "seed total_episodes save_every kl_coef vf_coef gamma lam eval_temperature"
     check_flags(args, may_be_zero, any_number="missing_eos_penalty")
     accelerator = start_accelerator(args)
     minibatch_size = args.local_micro_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
@@ -1174,8 +1146,6 @@ def main():
     first_update = start_run(args, accelerator, record, batch_size, digest)
     started = time.time()
     train(args, accelerator, nets, optimizer, posts, batch_size, range(first_update, num_updates))
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
     summary = {"updates": num_updates, "episodes": num_updates * batch_size, "time/total": time.time() - started}
     if num_updates > 0 and accelerator.is_main_process:
         save_model(accelerator.unwrap_model(model).policy, tokenizer, "left", args.output_dir)

@@ -34,7 +34,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import sys
 import time
 from bisect import bisect_right
@@ -57,7 +56,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from datasets import load_dataset, load_from_disk
 from filelock import FileLock
-from huggingface_hub import HfApi, ModelCardData
+from huggingface_hub import HfApi
 from pyarrow.parquet import ParquetFile
 from rouge_score.rouge_scorer import RougeScorer
 from torch.nn.utils.rnn import pad_sequence
@@ -72,7 +71,7 @@ class Args:
     seed: int = 44413  # of data order and evaluation samples (the paper's seeds: 44413 55513 66613 77713)
     output_dir: str = "models/sft"  # folder for all that the run writes; it must be new or empty
     resume: bool = False  # continue the run in --output_dir from its newest checkpoint, if there is one
-    save_every: int = 100  # updates between checkpoints; 0: only when a signal stops the run
+    save_every: int = 50  # updates between checkpoints; 0: none
     keep: int = 2  # number of checkpoints to keep: the newest ones
     bf16: bool = False  # compute in bfloat16, with fp32 parameters (Detail 8); overrides the launcher's setting
     # ---- Model and data ----
@@ -150,7 +149,7 @@ def train(args, accelerator: Accelerator, model, optimizer, pad_token_id: int, p
         log_metrics(metrics, args, accelerator)
         if accelerator.is_main_process and (update + 1) % max(1, num_updates // 50) == 0:
             tqdm.write(f"update {update + 1}: loss {metrics['sft/loss']:.4f}, {metrics['eps']:.1f} rows/s")
-        save_or_stop(args, accelerator, update + 1, num_updates)
+        save_checkpoint(args, accelerator, update + 1, num_updates)
 
 
 def lr_lambda(update: int, num_updates: int, warm_up_steps: int) -> float:
@@ -632,17 +631,6 @@ def fingerprint(token_ids: list[np.ndarray], model) -> str:
 
 def start_run(args, accelerator: Accelerator, record: dict, batch_size: int, digest: str) -> int:
     """Load the newest checkpoint of the run to resume, and write args.json. Returns the number of finished updates."""
-
-    def receive(number, frame):
-        accelerator.signals.append(number)
-        if accelerator.signals.count(signal.SIGINT) > 2:
-            raise KeyboardInterrupt
-
-    # SIGTERM (preemption) and SIGINT (Ctrl-C) end the run after the update. A launcher passes on what its processes
-    # have received already; so only a third Ctrl-C ends the run at once.
-    accelerator.signals = []
-    signal.signal(signal.SIGTERM, receive)
-    signal.signal(signal.SIGINT, receive)
     if record.get("digest", digest) != digest:
         fail("--resume: the data or the initial model have changed since the run was started")
     folders = checkpoints(args)
@@ -668,25 +656,21 @@ def start_run(args, accelerator: Accelerator, record: dict, batch_size: int, dig
     return update
 
 
-def save_or_stop(args, accelerator: Accelerator, update: int, num_updates: int):
-    """After every update: write a checkpoint if one is due, and end the run if a signal asks for it."""
-    # A scheduler may signal one process only. All must stop after the same update, or the others would wait for it.
-    number = max(gather_object(accelerator.signals), default=0)
-    if number or (args.save_every and (update % args.save_every == 0 or update == num_updates)):
-        # Networks and optimizer are all there is to save: the data order, every random number and the learning rate are
-        # functions of seed, process and update.
-        folder = f"{args.output_dir}/checkpoints/update_{update:08d}"
-        main = accelerator.is_main_process
-        with atomic(folder) if main else explain(f"{folder} cannot be written"):
-            accelerator.wait_for_everyone()
-            accelerator.save_state(f"{folder}.tmp")
-            accelerator.wait_for_everyone()
-        for older in checkpoints(args)[: -args.keep] if main else []:
-            shutil.rmtree(older)
+def save_checkpoint(args, accelerator: Accelerator, update: int, num_updates: int):
+    """After every update: write a checkpoint if one is due, and remove those that are older than the newest --keep."""
+    if args.save_every == 0 or (update % args.save_every != 0 and update != num_updates):
+        return
+    # Networks and optimizer are all there is to save: the data order, every random number and the learning rate are
+    # functions of seed, process and update.
+    folder = f"{args.output_dir}/checkpoints/update_{update:08d}"
+    main = accelerator.is_main_process
+    with atomic(folder) if main else explain(f"{folder} cannot be written"):
         accelerator.wait_for_everyone()
-    if number:
-        accelerator.print(f"{signal.Signals(number).name}: update {update} is saved, --resume continues after it")
-        raise SystemExit(128 + number)
+        accelerator.save_state(f"{folder}.tmp")
+        accelerator.wait_for_everyone()
+    for older in checkpoints(args)[: -args.keep] if main else []:
+        shutil.rmtree(older)
+    accelerator.wait_for_everyone()
 
 
 def checkpoints(args) -> list[str]:
@@ -725,8 +709,7 @@ def finish_run(args, accelerator: Accelerator, summary: dict):
         write_text(f"{args.output_dir}/summary.json", text + "\n")
         print(f"{args.exp_name}: results, also in {args.output_dir}/summary.json\n{text}")
     if args.push_to_hub and accelerator.is_main_process:
-        header = ModelCardData(library_name="transformers", tags=["rlhf", "summarization"]).to_yaml()
-        card = f"---\n{header}\n---\n{__doc__.splitlines()[1]}\n\n```json\n{text}\n```\n"
+        card = f"---\nlibrary_name: transformers\n---\n{__doc__.splitlines()[1]}\n\n```json\n{text}\n```\n"
         with explain(f"--push_to_hub: failed; later: hf upload {args.hf_repo_id} {folder} ."):
             Path(f"{folder}/README.md").write_text(card)
             HfApi().create_repo(args.hf_repo_id, exist_ok=True)
@@ -771,8 +754,6 @@ def main():
     started = time.time()
     updates = range(first_update, num_updates)
     train(args, accelerator, model, optimizer, tokenizer.pad_token_id, posts, batch_size, updates)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
     summary = {"updates": num_updates, "episodes": num_updates * batch_size, "time/total": time.time() - started}
     if num_updates > 0 and accelerator.is_main_process:
         save_model(accelerator.unwrap_model(model), tokenizer, "left", args.output_dir)

@@ -48,6 +48,6 @@ stage reward reward.py "${common[@]}" --sft_model_path "$OUT/sft" --label_datase
   --local_micro_batch_size 4 --gradient_accumulation_steps 4 --run_eval --max_eval_rows $pairs
 stage ppo ppo.py "${common[@]}" --sft_model_path "$OUT/sft" --reward_model_path "$OUT/reward" $ppo \
   --local_micro_batch_size $micro --gradient_accumulation_steps $((batch / micro)) \
-  --local_rollout_forward_batch_size 16 --print_samples_every 1 "${evaluate[@]}"
+  --local_rollout_forward_batch_size 16 "${evaluate[@]}"
 python benchmark/real_data/real_table.py "$OUT" --output "$OUT/real.json" \
   --command "TLDR_DIR=FOLDER BF16=$BF16 SIZE=$SIZE bash benchmark/real_data.sh"

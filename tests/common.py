@@ -12,7 +12,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -169,7 +168,6 @@ def run_inside(module, *flags):
     """Run a script's main() here: its exit code (0, or that of SystemExit), stdout and stderr."""
     reset_accelerate()
     out, err = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2)]
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}  # main sets its own
     argv = mock.patch.object(sys, "argv", [module.__file__, *map(str, flags)])
     code = 0
     with argv, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -177,8 +175,6 @@ def run_inside(module, *flags):
             module.main()
         except SystemExit as stopped:
             code = stopped.code or 0
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     texts = [stream.buffer.getvalue().decode() for stream in (out, err)]
     return SimpleNamespace(code=code, out=texts[0], err=texts[1])
 

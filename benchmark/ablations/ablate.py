@@ -33,7 +33,6 @@ one that was interrupted continues. Lines of other scripts stay: each names its 
 """
 
 import json
-import math
 import os
 import re
 import shutil
@@ -87,7 +86,7 @@ FLAGS = {
     ),
     "ppo": dict(
         total_episodes=2560, lr=1e-3, local_micro_batch_size=64, gradient_accumulation_steps=2,
-        local_rollout_forward_batch_size=128, response_length=28, print_samples_every=0,
+        local_rollout_forward_batch_size=128, response_length=28,
     ),
 }  # fmt: skip
 SMOKE_FLAGS = {

@@ -185,7 +185,7 @@ def make_cases(args: Args) -> list[Case]:
         "sft.py": ["--base_model", world / "base_model", "--response_length", 12],
         "reward.py": ["--sft_model_path", sft, "--label_dataset", world / "comparisons", "--normalization_rows", 60],
         "ppo.py": ["--sft_model_path", sft, "--reward_model_path", reward, "--num_ppo_epochs", 2]
-        + ["--response_length", 12, "--num_mini_batches", 2, "--print_samples_every", 0],
+        + ["--response_length", 12, "--num_mini_batches", 2],
     }
     for script, out in (("sft.py", sft), ("reward.py", reward)):
         flags = common + own[script] + ["--total_episodes", 80, "--local_micro_batch_size", BATCH // 2]

@@ -75,7 +75,7 @@ def command_of(args, name, folder, output):
         return [HERE / "peers/.venv/bin/python", HERE / "peers/trl_ppo.py", *flags]
     script = ROOT / "ppo.py" if name == "ours" else old_script(args.beside, folder)
     flags = ["--sft_model_path", folder / "sft", "--reward_model_path", folder / "reward"]
-    flags += ["--query_dataset", folder / "posts", "--output_dir", output, "--print_samples_every", 0]
+    flags += ["--query_dataset", folder / "posts", "--output_dir", output]
     flags += ["--local_micro_batch_size", args.micro_batch, "--total_episodes", total]
     flags += ["--gradient_accumulation_steps", args.batch // args.micro_batch]
     flags += ["--local_rollout_forward_batch_size", args.batch]

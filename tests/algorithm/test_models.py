@@ -69,7 +69,7 @@ def run(script, small, out, *flags, code=0):
     common += ("--max_query_length", 110, "--max_response_length", 40, "--max_query_response_length", 150)
     common += ("--local_micro_batch_size", 4, "--gradient_accumulation_steps", 2)
     own = ("--label_dataset", small.out / "pairs") if script is reward else ()
-    own += ("--response_length", R, "--print_samples_every", 0) if script is ppo else ()
+    own += ("--response_length", R) if script is ppo else ()
     done = run_inside(script, "--output_dir", out, *common, *own, *flags)
     assert done.code == code and "Traceback" not in done.err, done.err
     return done

@@ -73,7 +73,7 @@ def run_ppo(models, tmp_path_factory):
         flags += ["--query_dataset", models.posts, *LENGTHS, "--response_length", R, "--local_micro_batch_size", 2]
         folder = tmp_path_factory.mktemp("runs") / "ppo"
         with mock.patch.object(patched(name), "train", train or patched(name).train):
-            done = run_inside(patched(name), *flags, "--print_samples_every", 0, "--output_dir", folder)
+            done = run_inside(patched(name), *flags, "--output_dir", folder)
         assert done.code == 0, done.err
         return folder
 

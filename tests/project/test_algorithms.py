@@ -162,7 +162,7 @@ def inputs(tmp_path_factory):
     common += ["--response_length", 12]
     models = ["--sft_model_path", sft, "--reward_model_path", root / "reward"]
     pairs = ["--base_model", sft, "--label_dataset", root / "pairs", "--gradient_accumulation_steps", 4]
-    on_policy = [*models, "--total_episodes", 24, "--print_samples_every", 0]
+    on_policy = [*models, "--total_episodes", 24]
     flags = {"rloo": on_policy, "grpo": on_policy, "best_of_n": [*models, "--best_of_n", 8]}
     flags["dpo"] = [*pairs, "--total_episodes", 24]
     return SimpleNamespace(root=root, sft=sft, flags={name: common + own for name, own in flags.items()})

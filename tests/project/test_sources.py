@@ -38,7 +38,7 @@ def test_what_the_scripts_share_is_equal_word_for_word():
                 first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
                 copies.setdefault(node.name, []).append(text.splitlines()[first - 1 : node.end_lineno])
     shared = {name: found for name, found in copies.items() if len(found) > 1}
-    assert {"read_rows", "load_model", "save_or_stop", "open_run", "sample_responses", "fail"} <= shared.keys()
+    assert {"read_rows", "load_model", "save_checkpoint", "open_run", "sample_responses", "fail"} <= shared.keys()
     for name, found in shared.items():
         assert all(lines == found[0] for lines in found), f"{name} is not the same everywhere"
 

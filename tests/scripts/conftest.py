@@ -42,7 +42,7 @@ def flags(world):
     sft = {"--base_model": world.base, "--response_length": 8}
     reward = {"--sft_model_path": runner.FOLDER / "chain/sft", "--label_dataset": world.pairs}
     ppo = {"--sft_model_path": runner.FOLDER / "chain/sft", "--reward_model_path": runner.FOLDER / "chain/reward"}
-    ppo |= {"--response_length": 8, "--print_samples_every": 0, "--total_episodes": 16}
+    ppo |= {"--response_length": 8, "--total_episodes": 16}
     return {"sft": shared | sft, "reward": shared | reward, "ppo": shared | ppo}
 
 

@@ -44,9 +44,8 @@ def call_on_rank(rank, inside):
 
 # ---- What can be done at a moment ------------------------------------------------------------------------------------
 def kill(*numbers):
-    """Signals to this process, SIGKILL if none is named."""
-    for number in numbers or [signal.SIGKILL]:
-        os.kill(os.getpid(), number)
+    """A signal to this process, SIGKILL if none is named."""
+    os.kill(os.getpid(), *(numbers or [signal.SIGKILL]))
 
 
 def kill_soon(seconds):

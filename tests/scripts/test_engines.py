@@ -4,7 +4,6 @@ know what a launcher would have told them; one real launch shows that they are t
 """
 
 import json
-import signal
 from functools import partial
 
 import numpy as np
@@ -74,9 +73,9 @@ def test_bf16_under_zero2_resumes_exactly(flags, chain, runs):
     first = read_metrics(whole)[0]
     assert first["objective/kl"] == 0 and first["val/ratio_first_dev"] == 0
     out = runner.FOLDER / "engines/bf16"
-    changes = {"--lr": 1e-4, "--run_eval": None, "--bf16": None, "--output_dir": out} | HALF
-    stop = partial(fixed_responses, on_rank(0, at("open", "metrics.jsonl", 1, kill, signal.SIGTERM)))
-    runner.run("ppo", flags["ppo"] | changes, engine="zero2", inside=stop, code=143)
+    changes = {"--lr": 1e-4, "--run_eval": None, "--bf16": None, "--save_every": 1, "--output_dir": out} | HALF
+    stop = partial(fixed_responses, on_rank(0, at("open", "metrics.jsonl", 2, kill)))
+    assert Run("ppo", flags["ppo"] | changes, engine="zero2", inside=stop).wait().codes[0] == -9
     runner.run("ppo", flags["ppo"] | changes, "--resume", engine="zero2", inside=fixed_responses)
     assert read_metrics(out) == read_metrics(whole)
     assert (out / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()

@@ -1,5 +1,5 @@
 """
-No work is lost: sft.py, reward.py and ppo.py killed, told to stop, or out of disk, and resumed. What a resumed run
+No work is lost: sft.py, reward.py and ppo.py killed or out of disk, and resumed. What a resumed run
 leaves behind is, bit for bit, what a run that nothing stopped leaves behind, wall-clock fields aside.
 
 benchmark/systems/kill.py kills real launches at random moments.
@@ -7,7 +7,6 @@ benchmark/systems/kill.py kills real launches at random moments.
 
 import os
 import shutil
-import signal
 
 import pytest
 import runner
@@ -102,48 +101,23 @@ def test_killed_and_resumed(script, moment, killed, six, whole):
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero2"])
-def test_two_processes_stopped_killed_and_resumed(engine, six, whole, tmp_path):
-    """SIGTERM to one of two stops both after the same update. Killed in a checkpoint, they use the one before."""
+def test_two_processes_killed_and_resumed(engine, six, whole, tmp_path):
+    """Between two checkpoints, and in one, from which they use the one before."""
     call = ("ppo", six["ppo"] | HALF, "--output_dir", tmp_path)
-    run = Run(*call, engine=engine, inside=on_rank(0, at("open", "metrics.jsonl", 3, kill, signal.SIGSTOP)))
-    run.wait_until_paused()
-    os.kill(run.processes[1].pid, signal.SIGTERM)
-    os.kill(run.processes[0].pid, signal.SIGCONT)
-    assert run.wait().code == 143, run.errs
-    last = saved(tmp_path)[-1]
-    assert "SIGTERM" in run.out and last in (3, 4) and len(read_metrics(tmp_path)) == last
-    half = at("os.rename", "update_00000006.tmp", 1, kill_half_written)
-    dead = Run(*call, "--resume", engine=engine, inside=on_rank(0, half)).wait()
-    assert dead.codes[0] == -9 and dead.codes[1] != 0
+    for resume, moment in ((), at("open", "metrics.jsonl", 4, kill)), (("--resume",), MOMENTS["in a checkpoint"]):
+        dead = Run(*call, *resume, engine=engine, inside=on_rank(0, moment)).wait()
+        assert dead.codes[0] == -9 and dead.codes[1] != 0
+        assert (tmp_path / "checkpoints/update_00000002").exists()
     runner.run(*call, "--resume", engine=engine)
     same(result_of(tmp_path), whole("ppo", engine))
-    assert read_json(tmp_path / "args.json")["resumed_after_updates"] == [last, last]
+    assert read_json(tmp_path / "args.json")["resumed_after_updates"] == [2, 2]
 
 
-# ---- Told to stop ----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("script, number", [("sft", signal.SIGINT), ("reward", signal.SIGINT), ("ppo", signal.SIGTERM)])
-def test_a_signal_ends_the_run_after_its_update(script, number, six, whole, tmp_path):
-    call = (script, six[script], "--output_dir", tmp_path)
-    done = runner.run(*call, inside=at("open", "metrics.jsonl", 3, kill, number), code=128 + number)
-    assert len(read_metrics(tmp_path)) == 3 and saved(tmp_path) == [2, 3]
-    assert number.name in done.out and "--resume" in done.out and "Traceback" not in done.err
-    runner.run(*call, "--resume")
-    same(result_of(tmp_path), whole(script))
-
-
-def test_a_third_ctrl_c_ends_the_run_at_once(six, whole, tmp_path):
-    call = ("sft", six["sft"], "--output_dir", tmp_path)
-    thrice = at("open", "metrics.jsonl", 4, kill, signal.SIGINT, signal.SIGINT, signal.SIGINT)
-    assert "KeyboardInterrupt" in runner.run(*call, inside=thrice, code=1).err and saved(tmp_path) == [2]
-    runner.run(*call, "--resume")
-    same(result_of(tmp_path), whole("sft"))
-
-
-def test_no_checkpoint_but_when_told_to_stop(six, whole, tmp_path):
+def test_without_checkpoints_it_begins_again(six, whole, tmp_path):
     call = ("sft", six["sft"] | {"--save_every": 0}, "--output_dir", tmp_path)
-    runner.run(*call, inside=at("open", "metrics.jsonl", 3, kill, signal.SIGTERM), code=143)
+    runner.run(*call, inside=at("open", "metrics.jsonl", 3, kill), code=-9)
     runner.run(*call, "--resume")
-    assert saved(tmp_path) == [3]
+    assert not (tmp_path / "checkpoints").exists()
     same(result_of(tmp_path), whole("sft"))
 
 

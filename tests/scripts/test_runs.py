@@ -392,7 +392,6 @@ PPO = COMMON | SAMPLING | {
     "whiten_rewards": (None, differs("loss/value_avg", but="objective/rlhf_reward")),
     "missing_eos_penalty": ("None", lambda b, c: column(c, "objective/scores") == column(c, "objective/rm_scores")),
     "temperature": (1.5, rises("policy/entropy_avg")),
-    "print_samples_every": (2, lambda b, c: c.out.count("reference ") > b.out.count("reference ")),
 }  # fmt: skip
 EFFECTS = {"sft": SFT, "reward": REWARD, "ppo": PPO}
 CASES = [(script, flag) for script in EFFECTS for flag in EFFECTS[script]]
