@@ -273,8 +273,8 @@ def response_masks(responses: torch.Tensor, pad_token_id: int) -> dict:
 @torch.no_grad()
 def forward_all(accelerator: Accelerator, nets: Networks, queries, responses, temperature: float) -> dict:
     """
-    What all networks say of queries (B, Q) and responses (B, R): logprobs and ref_logprobs (B, R), INVALID_LOGPROB
-    after the end; rm_scores (B,); and
+    What all networks say of queries (B, Q) and responses (B, R):
+    logprobs, ref_logprobs (B, R), INVALID_LOGPROB after the end; rm_scores (B,);
     values (B, R), 0 from the second position after the last token on.
     """
     pad = nets.tokenizer.pad_token_id
@@ -498,7 +498,7 @@ def ppo_loss(args, batch: dict, logprobs, entropy, values, num_tokens, num_value
 # ---- Networks --------------------------------------------------------------------------------------------------------
 class ScalarModel(nn.Module):
     """
-    A transformer body with one linear output per token: reward model and value model. Right-padded ids (B, T) and
+    A transformer body with one linear output per token: reward or value model. Right-padded ids (B, T) and
     positions (B, P) -> the outputs at those positions, (B, P).
     """
 
@@ -534,7 +534,7 @@ class PolicyAndValue(nn.Module):
 
 def prepare_frozen(args, accelerator: Accelerator, model):
     """Put a frozen model on the device, or with --offload in CPU memory."""
-    # Detail 8 (offload): at 6.9B a GPU has no room for four networks, and the two frozen ones are needed for a short
+    # Detail 8 (offload): at 6.9B a GPU has no room for all networks, and the two frozen ones are needed for a short
     # time only. With --offload their parameters live in CPU memory: DeepSpeed's ZeRO-3 brings each layer to the device
     # when it is needed; without DeepSpeed, `move_frozen` moves the whole model for scoring, and back.
     model.requires_grad_(False).eval()

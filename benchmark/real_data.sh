@@ -1,31 +1,39 @@
 #!/usr/bin/env bash
 # The pipeline on real data: OpenAI's TL;DR posts and comparisons, and SmolLM2-135M-Instruct as the base model.
 #
-#   TLDR_DIR=FOLDER bash benchmark/real_data.sh             # short: about an hour on two cores
-#   TLDR_DIR=FOLDER SIZE=full bash benchmark/real_data.sh   # all posts, all pairs, 20,480 episodes: for a GPU
+#   TLDR_DIR=FOLDER SIZE=short bash benchmark/real_data.sh   # about ten minutes on two cores: for trying out
+#   TLDR_DIR=FOLDER bash benchmark/real_data.sh              # day: about six hours on two cores
+#   TLDR_DIR=FOLDER SIZE=full bash benchmark/real_data.sh    # all posts, all pairs, 20,480 episodes: for a GPU
 #
-# TLDR_DIR holds posts/{train,validation,test}.parquet and comparisons/{train,validation,test}.parquet. A stage that is
-# complete is not repeated, an interrupted one continues. Everything is written to OUT (default runs/real/SIZE).
+# TLDR_DIR holds posts/{train,validation,test}.parquet and comparisons/{train,validation,test}.parquet. The pairs are
+# split in two by post: PPO's reward model learns from one half, the one that judges the result from the other. A stage
+# that is complete is not repeated, an interrupted one continues. Everything is written to OUT (default runs/real/SIZE).
+# SEED is another seed, SPLIT=validation evaluates on the posts that settings are chosen on.
 set -euo pipefail
 TLDR_DIR=$(cd "${TLDR_DIR:?set TLDR_DIR to the folder with posts/ and comparisons/}" && pwd)
 . "$(dirname "$0")/setup.sh"
 
-SIZE=${SIZE:-short}
-OUT=${OUT:-runs/real/$SIZE}
+SIZE=${SIZE:-day}
 SEED=${SEED:-44413}
+SPLIT=${SPLIT:-test}
+OUT=${OUT:-runs/real/$SIZE-seed$SEED}
 BASE=runs/real/base_model
 case $SIZE in
-  # Learning rates are above the paper's 3e-6: there are tens of updates here, not a thousand.
-  short) lr=2e-5; sft="--total_episodes 304"; rm="--total_episodes 320 --normalization_rows 64"
-         ppo="--total_episodes 64"; rows=64; pairs=150; batch=32; micro=4 ;;
-  full)  lr=1e-5; sft=""; rm=""; ppo="--total_episodes 20480"; rows=181; pairs=600; batch=128; micro=32 ;;
-  *) echo "error: SIZE is $SIZE; it is short or full" >&2; exit 2 ;;
+  # Learning rates are above the paper's 3e-6: there are tens or hundreds of updates here, not a thousand. Queries are
+  # cut to 256 tokens: fewer tokens, more episodes.
+  short) lr=2e-5; sft="--total_episodes 64"; rm="--total_episodes 64 --normalization_rows 32"
+         ppo="--total_episodes 32"; rows=16; pairs=32; batch=16; micro=4; query=256 ;;
+  day)   lr=2e-5; sft="--total_episodes 2000"; rm="--total_episodes 2400 --normalization_rows 200"
+         ppo="--total_episodes 1280"; rows=150; pairs=500; batch=64; micro=4; query=256 ;;
+  full)  lr=1e-5; sft=""; rm=""; ppo="--total_episodes 20480"; rows=171; pairs=600; batch=128; micro=32; query=512 ;;
+  *) echo "error: SIZE is $SIZE; it is short, day or full" >&2; exit 2 ;;
 esac
 # bf16 where the machine computes faster in it than in fp32; BF16=0 and BF16=1 overrule the probe.
 BF16=${BF16:-$(python benchmark/systems/faster_dtype.py | sed 's/fp32/0/; s/bf16/1/')}
 precision=()
 [ "$BF16" = 0 ] || precision=(--bf16)
-common=(--resume --seed "$SEED" --query_dataset "$TLDR_DIR/posts" --lr $lr ${precision[@]+"${precision[@]}"})
+common=(--resume --seed "$SEED" --query_dataset "$TLDR_DIR/posts" --lr $lr --max_query_length $query --eval_split "$SPLIT"
+        --run_eval --save_every 10 ${precision[@]+"${precision[@]}"})
 mkdir -p "$OUT"
 
 # stage NAME COMMAND...: run it unless its summary.json, which every script writes last, is there.
@@ -35,19 +43,30 @@ stage() {
   echo "== $name: log in $OUT/$name.log"
   local start=$SECONDS
   attached python "$@" --output_dir "$OUT/$name" > "$OUT/$name.log" || { tail -n 5 "$OUT/$name.log"; exit 1; }
-  echo "   $((SECONDS - start)) s"
+  echo $((SECONDS - start)) > "$OUT/$name.seconds"
 }
 
 python benchmark/real_data/dequantise.py --output_dir $BASE
-evaluate=(--run_eval --max_eval_rows $rows --local_eval_batch_size 16)
+python benchmark/real_data/split_pairs.py "$TLDR_DIR/comparisons" "$OUT/pairs"
+evaluate=(--max_eval_rows $rows --local_eval_batch_size 16)
+small=(--local_micro_batch_size 4 --gradient_accumulation_steps 4)
 # The base model itself, before any training: what SFT is compared with.
 stage base sft.py "${common[@]}" --base_model $BASE --total_episodes 0 "${evaluate[@]}"
-stage sft sft.py "${common[@]}" --base_model $BASE $sft --local_micro_batch_size 4 --gradient_accumulation_steps 4 \
-  "${evaluate[@]}"
-stage reward reward.py "${common[@]}" --sft_model_path "$OUT/sft" --label_dataset "$TLDR_DIR/comparisons" $rm \
-  --local_micro_batch_size 4 --gradient_accumulation_steps 4 --run_eval --max_eval_rows $pairs
+stage sft sft.py "${common[@]}" --base_model $BASE $sft "${small[@]}" "${evaluate[@]}"
+for half in reward judge_model; do
+  stage $half reward.py "${common[@]}" --sft_model_path "$OUT/sft" --label_dataset "$OUT/pairs/$half" $rm "${small[@]}" \
+    --max_eval_rows $pairs
+done
 stage ppo ppo.py "${common[@]}" --sft_model_path "$OUT/sft" --reward_model_path "$OUT/reward" $ppo \
   --local_micro_batch_size $micro --gradient_accumulation_steps $((batch / micro)) \
   --local_rollout_forward_batch_size 16 "${evaluate[@]}"
-python benchmark/real_data/real_table.py "$OUT" --output "$OUT/real.json" \
-  --command "TLDR_DIR=FOLDER BF16=$BF16 SIZE=$SIZE bash benchmark/real_data.sh"
+
+# Against the human references, and PPO against SFT. For an LLM judge, the same eval_judge.py with its --judge_model.
+samples=("$OUT/sft/samples_$SPLIT.csv" "$OUT/ppo/samples_$SPLIT.csv" "$OUT/ppo_against_sft.csv")
+python benchmark/real_data/real_table.py "$OUT" --split "$SPLIT" --against_sft "${samples[2]}"
+[ -e "$OUT/judge/summary.json" ] || rm -rf "$OUT/judge"
+stage judge benchmark/judges/reward_judge.py --reward_model_path "$OUT/judge_model/model" --port 0 -- \
+  python eval_judge.py --samples "${samples[@]}" --judge_base_url URL --judge_model model --tokenizer "$OUT/sft/model"
+python benchmark/real_data/real_table.py "$OUT" --split "$SPLIT" --output "$OUT/real.json" \
+  --command "TLDR_DIR=FOLDER BF16=$BF16 SIZE=$SIZE SEED=$SEED SPLIT=$SPLIT bash benchmark/real_data.sh"
+python benchmark/plot_metrics.py "$OUT/ppo" -o "$OUT/curves.png"

@@ -2,7 +2,7 @@
 What is each implementation detail worth? Every diff in this folder against the unchanged scripts, seed by seed.
 
     python benchmark/ablations/ablate.py                          # all diffs, 16 seeds: a night and more on two cores
-    python benchmark/ablations/ablate.py --only no_kl dropout     # some of them; the report is of all that have been run
+    python benchmark/ablations/ablate.py --only no_kl dropout     # some; the report is of all that have been run
     python benchmark/ablations/ablate.py --only baseline --world_seed 2     # the unchanged scripts in another world
     python benchmark/ablations/ablate.py --smoke --seeds 1        # a small world, two updates of PPO
 
@@ -12,7 +12,7 @@ flag whose default a diff changes is left out of the command, so that the diff d
     title, detail, changes, expected, note    for the reader; `detail` refers to the table of details in the README
     stages                                    the stages that are run again
     processes: 2                              compared with a baseline whose reward model and PPO ran in two
-    flags: STAGE --NAME VALUE ...             flags of that stage, for a baseline of its own as well as for the diff
+    flags: STAGE --NAME VALUE ...             flags of that stage, for the diff and for a baseline with the same flags
 
 The baseline is the quickstart. What is measured of a run, on the 600 test posts at the evaluation temperature of 0.01:
     gold               mean gold score of the responses (`gold_score` in tiny_env.py): the primary outcome
@@ -69,23 +69,18 @@ class Args:
     work_dir: Path = Path("runs/ablations")  # folder for the worlds and the runs
     out: Optional[Path] = None
     """file for the runs (.jsonl), with tables (.md) and picture (.png) beside it. Default:
-    benchmark/results/ablations.jsonl; with --smoke or --split validation, in the folder of the runs"""
+    benchmark/results/ablations.jsonl; with --smoke, in --work_dir"""
     smoke: bool = False  # a small world and a few updates: for trying out the harness, the figures mean nothing
-    split: Literal["test", "validation"] = "test"  # split that is evaluated; each has a folder of its own in WORK_DIR
+    split: Literal["test", "validation"] = "test"  # split that is evaluated
 
 
 # ---- The setting -----------------------------------------------------------------------------------------------------
 # What differs from the scripts' defaults, as in quickstart.sh.
 FLAGS = {
-    "sft": dict(
-        total_episodes=24000, lr=1e-3, warm_up_steps=20, local_micro_batch_size=16, response_loss_only=True,
-        response_length=28,
-    ),
-    "reward": dict(
-        total_episodes=24000, lr=1e-3, warm_up_steps=20, local_micro_batch_size=16, normalization_rows=2000,
-    ),
+    "sft": dict(total_episodes=8000, lr=3e-4, warm_up_steps=20, local_micro_batch_size=16, response_length=28),
+    "reward": dict(total_episodes=12000, lr=3e-4, warm_up_steps=20, local_micro_batch_size=16, normalization_rows=2000),
     "ppo": dict(
-        total_episodes=2560, lr=1e-3, local_micro_batch_size=64, gradient_accumulation_steps=2,
+        total_episodes=2048, lr=3e-4, local_micro_batch_size=64, gradient_accumulation_steps=2,
         local_rollout_forward_batch_size=128, response_length=28,
     ),
 }  # fmt: skip
@@ -118,6 +113,10 @@ class Variant:
     @property
     def stages(self) -> tuple[str, ...]:
         return STAGES[STAGES.index(self.first) :]
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.name.startswith("baseline")
 
     @property
     def depth(self) -> int:
@@ -157,7 +156,8 @@ def parse_diff(path: Path, baseline: Variant, pair: Variant) -> Variant:
         stage, *words = header["flags"].split()
         flags = {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2])}
         variant.flags[stage] = flags
-        variant.base = Variant(f"baseline-{path.stem}", baseline, stage, flags=defaultdict(dict, {stage: flags}))
+        name = f"baseline {stage} {' '.join(words)}"
+        variant.base = Variant(name, baseline, stage, flags=defaultdict(dict, {stage: flags}))
     return variant
 
 
@@ -198,22 +198,23 @@ def patched_scripts(variant: Variant) -> dict[str, str]:
 class Harness:
     """The state of one call: where things are, and what is running."""
 
+    default_name = "ablations.jsonl"
+
     def __init__(self, args: Args):
         self.args = args
         # Two kernels round differently, which is as good as another seed.
-        self.where = {"world": args.world_seed, "kernels": torch.backends.cpu.get_cpu_capability()}
-        name = f"{'smoke' if args.smoke else 'full'}-{args.split}-{'-'.join(map(str, self.where.values()))}"
+        self.where = {"world": args.world_seed, "kernels": torch.backends.cpu.get_cpu_capability(), "split": args.split}
+        name = f"{'smoke' if args.smoke else 'full'}-{'-'.join(map(str, self.where.values()))}"
         self.root = Path(args.work_dir, name).resolve()
         self.world = self.root / "world"
         self.flags = {stage: FLAGS[stage] | (SMOKE_FLAGS[stage] if args.smoke else {}) for stage in STAGES}
-        default = self.root if args.smoke or args.split != "test" else ROOT / "benchmark" / "results"
-        self.out = args.out or default / "ablations.jsonl"
+        self.out = args.out or Path(args.work_dir if args.smoke else ROOT / "benchmark/results", self.default_name)
         # One thread per process, no network, no GPU.
         environment = dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", DS_ACCELERATOR="cpu")
         self.jobs = Jobs(**environment, TOKENIZERS_PARALLELISM="false")
 
     def runs(self) -> list[dict]:
-        """All runs that are recorded, of other worlds and kernels too."""
+        """All runs that are recorded, of other worlds, kernels and splits too."""
         return [json.loads(line) for line in self.out.read_text().splitlines()] if self.out.exists() else []
 
     def recorded(self, variant: Variant, seed: int) -> bool:
@@ -262,7 +263,7 @@ class Harness:
     def run(self, variant: Variant, seed: int):
         """The stages of one variant and seed, one after the other, and its line in the file of all runs."""
         recorded = self.recorded(variant, seed)
-        if recorded and variant.path:
+        if recorded and not variant.is_baseline:
             return
         begin, error = time.time(), ""
         # What stands on a baseline needs its models: on a fresh machine they are made again.
@@ -277,7 +278,7 @@ class Harness:
                 lines = [line for line in log.read_text(errors="replace").splitlines() if "error" in line.lower()]
                 error = f"{stage}: {(lines or [f'exit code {code}, see {log}'])[-1].strip()[:300]}"
                 break
-        if error and not variant.path:
+        if error and variant.is_baseline:
             fail(f"a baseline failed, there is nothing to compare with: {error}")
         if recorded:
             return
@@ -287,7 +288,7 @@ class Harness:
         about |= {"seconds": round(time.time() - begin)}
         with open(self.out, "a", encoding="utf-8") as file:
             file.write(json.dumps(self.where | {"variant": variant.name, "seed": seed} | result | about) + "\n")
-        if variant.path:  # nothing stands on it
+        if not variant.is_baseline:  # nothing stands on it
             shutil.rmtree(self.root / variant.name / f"seed{seed}")
         print(f"{variant.name}, seed {seed}: {about['seconds']} s, {result}", flush=True)
 
@@ -336,6 +337,12 @@ def holm(p_values: list[float]) -> list[float]:
     return corrected
 
 
+def paired(ablated: dict, baseline: dict, name: str) -> dict:
+    """Mean with its 95% t-interval of the differences of a figure, over the seeds (keys) that ended on both sides."""
+    seeds = [seed for seed in ablated if name in ablated[seed] and name in baseline.get(seed, {})]
+    return mean_interval([ablated[seed][name] - baseline[seed][name] for seed in seeds]) if seeds else {}
+
+
 def difference(ablated: dict, baseline: dict) -> dict:
     """
     Runs of both sides by seed -> per figure, mean of the paired differences with its 95% t-interval; `p` of the gold
@@ -343,13 +350,8 @@ def difference(ablated: dict, baseline: dict) -> dict:
     """
     seeds = sorted(set(ablated) & set(baseline))
     golds = [ablated[seed].get("gold", baseline[seed]["sft_gold"]) - baseline[seed]["gold"] for seed in seeds]
-    ended = [seed for seed in seeds if "error" not in ablated[seed]]
-    result = {"n": len(seeds), "errors": len(seeds) - len(ended)}
-    for name in FIGURES[1:]:
-        values = [ablated[seed][name] - baseline[seed][name] for seed in ended]
-        result[name] = mean_interval(values) if values else {}
-    result["gold"] = mean_interval(golds)
-    result["golds"] = golds
+    result = {"n": len(seeds), "errors": sum("error" in ablated[seed] for seed in seeds), "golds": golds}
+    result |= {name: paired(ablated, baseline, name) for name in FIGURES[1:]} | {"gold": mean_interval(golds)}
     result["gain"] = float(np.mean([baseline[seed]["gold"] - baseline[seed]["sft_gold"] for seed in seeds]))
     same = np.ptp(golds) == 0  # the t-test divides by the standard deviation of the differences
     result["p"] = float(golds[0] == 0) if same else float(stats.ttest_1samp(golds, 0.0).pvalue)
@@ -384,7 +386,7 @@ def baselines_table(runs: list[dict]) -> list[str]:
     ]
     groups = defaultdict(list)
     for run in runs:
-        if run["variant"].startswith("baseline"):
+        if run["variant"].startswith("baseline") and run["split"] == "test":
             groups[run["variant"], run["world"], run["kernels"]].append(run)
     for key, group in sorted(groups.items()):
         cells = []

@@ -4,9 +4,13 @@ The part of OpenAI's chat-completions protocol that the local judges of benchmar
 
 import json
 import re
+import signal
 import sys
+import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from benchmark.systems.processes import started
 
 HEADINGS = ("### Post:", "### Summary A:", "### Summary B:", "### Instructions:")
 LARGEST = 10_000_000  # bytes of a request
@@ -124,3 +128,23 @@ class Server(ThreadingHTTPServer):
         """A client that has closed its connection is no error of the server."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
+
+
+def take_command() -> list[str]:
+    """Take what follows `--` out of sys.argv."""
+    at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    command = sys.argv[at + 1 :]
+    del sys.argv[at:]
+    return command
+
+
+def serve(server: Server, command: list[str]):
+    """Serve until Ctrl-C, or while a command runs, in which URL stands for the address; end with its exit code."""
+    if command:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with started([server.url if word == "URL" else word for word in command], signal.SIGTERM) as process:
+            sys.exit(process.wait())
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        server.server_close()

@@ -8,6 +8,10 @@ verdict tomorrow. Never judge a policy with the reward model that it was trained
     python benchmark/judges/reward_judge.py --reward_model_path models/rm/model --port 8000
     python eval_judge.py --samples ... --judge_base_url http://127.0.0.1:8000/v1 --judge_model model
 
+    # The same in one command: what follows -- runs beside the server, and URL in it becomes the server's.
+    python benchmark/judges/reward_judge.py --reward_model_path models/rm/model --port 0 -- \\
+        python eval_judge.py --samples ... --judge_base_url URL --judge_model model
+
 It scores each text as the scripts do: post, space, summary, EOS, the score read at EOS, each text a forward pass
 without padding. Equal scores are given to A; judged in both orders, that is a tie.
 """
@@ -24,7 +28,7 @@ import tyro
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from benchmark.judges.chat_server import RequestError, Server, read_prompt  # noqa: E402
+from benchmark.judges.chat_server import RequestError, Server, read_prompt, serve, take_command  # noqa: E402
 
 
 @dataclass
@@ -94,6 +98,7 @@ class RewardJudge:
 
 
 def main():
+    command = take_command()
     args = tyro.cli(Args, use_underscores=True, description=__doc__)
     judge = RewardJudge(args.reward_model_path)
     name = args.model_name or os.path.basename(os.path.abspath(args.reward_model_path))
@@ -102,10 +107,7 @@ def main():
     except (OSError, OverflowError) as error:
         fail(f"--host {args.host} --port {args.port}: cannot be listened on ({error})")
     print(f"reward judge {name} serves {server.url}", flush=True)
-    try:
-        server.serve_forever()
-    except KeyboardInterrupt:
-        server.server_close()
+    serve(server, command)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,9 @@ class Settings:
     """What decides a figure, and may not change within one folder: the same for all sizes."""
 
     split: str
-    world: str = "--num_values 16 --distractor_share 0.5 --paraphrase_share 0.2"  # flags of tiny_env.py
+    world: str = (
+        "--base_model random --num_values 16 --distractor_share 0.5 --paraphrase_share 0.2"  # flags of tiny_env.py
+    )
     eval_posts: int = 600  # held-out posts; pairs are five per post, 2,000 at the most
     sft_rows: int = 16000
     pairs: int = 24000
@@ -81,7 +83,7 @@ class Settings:
 
 
 SMOKE = dict(
-    world="--num_values 4 --max_fillers 0 --distractor_share 0.2 --paraphrase_share 0.2",
+    world="--base_model random --num_values 4 --max_fillers 0 --distractor_share 0.2 --paraphrase_share 0.2",
     eval_posts=30, sft_rows=640, pairs=320, normalization_rows=50, ppo_episodes=96, ppo_batch=32,
     sizes=(16, 32), seeds=(44413, 55513), policy_size=16, reward_sizes=(16, 32), kl_coefs=(0.0, 0.05),
     overoptimisation_seeds=(44413,),

@@ -41,29 +41,29 @@ import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Iterator, Optional
+from typing import Iterator, Literal, Optional
 
 import tyro
 
 # torch, transformers, tokenizers and pyarrow are imported where they are needed: the judge imports this file for
 # `gold_score` alone, and should be up in a moment.
 
-WORLD_VERSION = 1  # raised when the same flags give another world, so that an older folder is not taken for this one
+WORLD_VERSION = 2  # raised when the same flags give another world; other versions have other posts
 
 
 @dataclass
 class Args:
     output_dir: str  # the folder to write; a complete one made with the same flags is left as it is
     seed: int = 1  # seed of posts, references and comparisons
-    model_seed: int = 1  # seed of the base model's random weights
     # ---- How much data ----
-    num_train_posts: int = 24000  # posts (with references) to train on
+    num_train_posts: int = 12000  # posts (with references) to train on
     num_validation_posts: int = 600  # posts to choose settings on
     num_test_posts: int = 600  # posts to report on, once
-    num_train_pairs: int = 32000  # comparisons to train on; they are about the train posts
+    num_train_pairs: int = 12000  # comparisons to train on; they are about the train posts
     num_validation_pairs: int = 2000  # comparisons about the validation posts
     num_test_pairs: int = 2000  # comparisons about the test posts
     num_cnndm_pairs: int = 300  # comparisons in CNN/DM form (news articles instead of posts), for validation only
+    num_pretraining_posts: int = 0  # posts with replies to pretrain a base model on, the same with every --seed
     # ---- How hard the world is ----
     num_facts: int = 6  # facts that a post states (6 to 9): more facts make posts and good summaries longer
     num_values: int = 12  # values that a fact can take (4 to 24): fewer examples of each
@@ -74,10 +74,13 @@ class Args:
     # ---- How good references and labels are ----
     vague_share: float = 0.6  # share of references that leave most facts out
     wrong_value_share: float = 0.04  # chance of each value in a reference to be wrong
-    label_beta: float = 0.4  # a worker prefers the left summary with probability sigmoid(label_beta * gold margin)
+    label_beta: float = 0.5  # a worker prefers the left summary with probability sigmoid(label_beta * gold margin)
     # ---- The base model (GPT-NeoX) ----
+    base_model: Literal["pretrained", "random"] = "pretrained"
+    """pretrained: that of benchmark/tiny_world/base_model, with its tokenizer; random: new weights, of these shapes"""
+    model_seed: int = 1  # seed of the random weights
     hidden_size: int = 64  # width of the model
-    num_layers: int = 2  # number of layers; copying a fact takes two
+    num_layers: int = 3  # number of layers; copying a fact takes two, and a third adds up what was checked
     num_heads: int = 4  # attention heads; must divide the width into even parts
     initializer_range: float = 0.1  # standard deviation of the random weights
     max_position_embeddings: int = 2048
@@ -398,7 +401,7 @@ def write_reference(rng: random.Random, args: Args, facts: dict, distractors: di
 def make_posts(args: Args, split: str, count: int, seen: set) -> list[dict]:
     """`count` posts that are in no other split; `seen` holds all post texts so far and is added to."""
     # A stream of its own for every split: more train posts leave validation and test as they are.
-    rng = random.Random(f"posts {args.seed} {split}")
+    rng = random.Random(f"posts {WORLD_VERSION} {args.seed} {split}")
     posts: list[dict] = []
     while len(posts) < count:
         facts = draw_facts(rng, args)
@@ -442,6 +445,25 @@ def write_by_policy(rng: random.Random, args: Args, post: dict, stranger: dict) 
     else:
         text = say_thorough(rng, drop_facts(rng, stranger["facts"], 0.6))
     return policy, text
+
+
+def write_reply(rng: random.Random, args: Args, facts: dict, distractors: dict) -> str:
+    """What a base model is pretrained on: a summary, perhaps with wrong values, and whether that is right.
+
+    >>> facts = {"who": "boss", "event": "lied", "ask": "sue", "feeling": "sad", "place": "bar", "amount": "40"}
+    >>> write_reply(random.Random(1), Args(""), facts, {})
+    ' My boyfriend just lied over 40 dollars. I feel sad. Should I sue? No, my boss.'
+    """
+    wrong = [name for name in facts if rng.random() < 0.2]
+    told = alter(rng, args, facts, wrong, distractors)
+    if rng.random() < 0.2:
+        text = say_vague(rng, told)
+    else:
+        text = say_thorough(rng, drop_facts(rng, told, rng.choice((0.5, 1.0))))
+    names = [SLOT_OF[value] for value in read_statements(text, facts)["wrong"]]
+    return text + (
+        " No," + "".join(f" {SLOTS[name].lead_in} {facts[name]}" for name in names) + "." if names else " Yes."
+    )
 
 
 def draw_pair(rng: random.Random, args: Args, post: dict, stranger: dict) -> tuple[str, list[tuple[str, str]]]:
@@ -508,9 +530,29 @@ def comparison_row(rng: random.Random, args: Args, info: dict, batch: str, split
     }
 
 
+def make_pretraining(args: Args, split: str, count: int) -> list[dict]:
+    """`count` posts with replies in the place of references."""
+    rng = random.Random(f"pretraining {WORLD_VERSION} {split}")
+    rows = []
+    for number in range(count):
+        facts = draw_facts(rng, args)
+        distractors = draw_distractors(rng, args, facts)
+        title = rng.choice(TITLES).format(age=rng.randint(18, 39), sex=rng.choice("fm"), who=facts["who"])
+        story = write_story(rng, args, facts, distractors)
+        text = story[0] + "".join(("\n" if rng.random() < 0.1 else " ") + sentence for sentence in story[1:])
+        row = {
+            "id": f"tiny_pretraining_{number:06d}",
+            "subreddit": rng.choice(SUBREDDITS),
+            "title": title,
+            "post": text,
+        }
+        rows.append(row | {"summary": write_reply(rng, args, facts, distractors).strip()})
+    return rows
+
+
 def make_comparisons(args: Args, split: str, count: int, posts: list[dict]) -> list[dict]:
     """`count` comparisons of two different texts about the posts of one split, going round the posts in order."""
-    rng = random.Random(f"comparisons {args.seed} {split}")
+    rng = random.Random(f"comparisons {WORLD_VERSION} {args.seed} {split}")
     name_of_split = {"train": "train", "validation": "valid1", "test": "valid2"}[split]
     rows: list[dict] = []
     while len(rows) < count:
@@ -527,7 +569,7 @@ def make_comparisons(args: Args, split: str, count: int, posts: list[dict]) -> l
 def make_cnndm(args: Args, count: int) -> tuple[list[dict], list[dict]]:
     """(comparisons, facts rows) about news articles: the same kinds of facts, told with a dateline and in lines."""
     # Another form and no references: a reward model meets it in its evaluation only, as it meets CNN/DM.
-    rng = random.Random(f"cnndm {args.seed}")
+    rng = random.Random(f"cnndm {WORLD_VERSION} {args.seed}")
     posts: list[dict] = []
     for i in range(count):
         facts = draw_facts(rng, args)
@@ -665,7 +707,7 @@ def describe_comparisons(rows: list[dict], facts: list[dict]) -> dict:
 
 def build(args: Args, folder: str) -> dict:
     """Write everything but the manifest under `folder`; returns counts and statistics for the manifest."""
-    for name in ("posts", "comparisons", "facts", "base_model"):
+    for name in ("posts", "comparisons", "facts"):
         os.makedirs(f"{folder}/{name}")
     about, posts, seen = {}, {}, set()
     # Test first: what is seen is never drawn again, so the small splits do not depend on the size of the large one.
@@ -682,17 +724,27 @@ def build(args: Args, folder: str) -> dict:
     write_comparisons(cnndm, f"{folder}/comparisons/validation_cnndm.parquet")
     write_facts(facts, f"{folder}/facts/validation_cnndm.jsonl")
     about["validation_cnndm"] = describe_comparisons(cnndm, facts)
+    sample = posts["train"]
+    if args.num_pretraining_posts:
+        os.makedirs(f"{folder}/pretraining")
+        for split, count in (("validation", 600), ("train", args.num_pretraining_posts)):
+            sample = make_pretraining(args, split, count)
+            write_posts(sample, f"{folder}/pretraining/{split}.parquet")
+    if args.base_model == "pretrained":
+        shutil.copytree(BASE_MODEL, f"{folder}/base_model")
+        return about
     # A few thousand posts hold every word of the world many times over; more would change no merge that matters.
-    sample = posts["train"][:4000]
+    sample = sample[:4000]
     texts = (format_query(p["subreddit"], p["title"], p["post"]) + " " + p["summary"] for p in sample)
     vocab_size = train_tokenizer(texts, f"{folder}/base_model", args.max_position_embeddings)
     parameters = write_base_model(args, vocab_size, f"{folder}/base_model")
     return about | {"base_model": {"tokenizer_size": vocab_size, "parameters": parameters}}
 
 
-# ---- Main 
+# ---- Main
 
 MANIFEST = "tiny_env.json"
+BASE_MODEL = Path(__file__).resolve().with_name("base_model")  # made by pretrain.sh
 
 
 def fail(message: str) -> None:
@@ -718,7 +770,12 @@ def load_facts(env_dir: str) -> dict[str, dict]:
 
 def check_args(args: Args) -> None:
     """Refuse flags that make no world, before anything is written."""
+    if args.base_model == "pretrained":
+        for name in ("model_seed", "hidden_size", "num_layers", "num_heads", "initializer_range"):
+            if getattr(args, name) != getattr(Args, name):
+                fail(f"--{name} is for new weights: pass --base_model random")
     bounds = {name: (1, 10**9) for name in vars(args) if name.startswith("num_")}
+    bounds["num_pretraining_posts"] = (0, 10**9)
     bounds |= {name: (0, 1) for name in vars(args) if name.endswith("_share")}
     bounds |= {"num_facts": (6, len(SLOTS)), "num_values": (4, 24), "max_fillers": (0, len(FILLERS))}
     bounds |= {"label_beta": (0, 100), "initializer_range": (1e-9, 100)}

@@ -26,17 +26,14 @@ about how eval_judge.py copes with a worse judge. It knows one model, `tiny-gold
 only posts of its environment (another one is HTTP 400).
 """
 
-import signal
 import sys
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from benchmark.judges.chat_server import RequestError, Server, read_prompt  # noqa: E402
-from benchmark.systems.processes import started  # noqa: E402
+from benchmark.judges.chat_server import RequestError, Server, read_prompt, serve, take_command  # noqa: E402
 from benchmark.tiny_world.tiny_env import fail, gold_score, load_facts, read_statements  # noqa: E402
 
 MODEL = "tiny-gold-1"
@@ -68,11 +65,7 @@ def judge(content: str, facts_of: dict[str, dict]) -> str:
 
 
 def main():
-    command = []
-    if "--" in sys.argv:
-        at = sys.argv.index("--")
-        command = sys.argv[at + 1 :]
-        del sys.argv[at:]
+    command = take_command()
     args = tyro.cli(Args, use_underscores=True, description=__doc__)
     facts_of = {row["query"]: row["facts"] for row in load_facts(args.env_dir).values()}
     try:
@@ -80,14 +73,7 @@ def main():
     except (OSError, OverflowError) as error:
         fail(f"--port {args.port}: cannot listen on {args.host} ({error})")
     print(f"ready: {MODEL} judges {len(facts_of):,} posts at {server.url}", flush=True)
-    if command:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        with started([server.url if word == "URL" else word for word in command], signal.SIGTERM) as process:
-            sys.exit(process.wait())
-    try:
-        server.serve_forever()
-    except KeyboardInterrupt:
-        server.server_close()
+    serve(server, command)
 
 
 if __name__ == "__main__":

@@ -291,7 +291,9 @@ def wilson(wins, number):
 
 def test_accuracy_rows_and_wilson_interval():
     for wins, number in [(0, 5), (5, 5), (1, 3), (419, 675), (50, 100), (1, 1000)]:
-        [row] = reward.accuracy_rows(pd.Series([1.0] * wins + [-1.0] * (number - wins)), pd.Series("all", range(number)))
+        [row] = reward.accuracy_rows(
+            pd.Series([1.0] * wins + [-1.0] * (number - wins)), pd.Series("all", range(number))
+        )
         assert [row["low"], row["high"]] == pytest.approx(wilson(wins, number), abs=1e-9)
     margins = pd.Series([1.0, -1.0, 0.5, 0.0, 2.0, -0.1])
     rows = reward.accuracy_rows(margins, pd.Series(["b", "a", "a", "a", "b", "b"]))

@@ -26,7 +26,7 @@ SCRIPTS = {"sft": sft, "reward": reward, "ppo": ppo}
 VARIANTS = {variant.name: variant for variant in ablate.load_variants()}
 # The diffs that change defaults of ppo.py, and nothing else.
 FLAGS = {
-    "adam_eps_1e-8": {"eps": 1e-8}, "tuned_lr": {"lr": 5e-4}, "no_kl": {"kl_coef": 0.0},
+    "adam_eps_1e-8": {"eps": 1e-8}, "half_lr": {"lr": 1.5e-4}, "no_kl": {"kl_coef": 0.0},
     "no_clipping": {"cliprange": 1e9}, "no_value_clipping": {"cliprange_value": 1e9},
     "one_epoch": {"num_ppo_epochs": 1}, "minibatches_4": {"num_mini_batches": 4, "gradient_accumulation_steps": 1},
     "no_eos_penalty": {"missing_eos_penalty": None}, "reward_whitening": {"whiten_rewards": True},
@@ -121,8 +121,8 @@ def test_queries(models):
 
 def test_sft(models):
     accelerator = SimpleNamespace(device="cpu", autocast=nullcontext)
-    args = SimpleNamespace(response_loss_only=True, response_length=R)
-    for name, targets in (("", 2), ("eos_as_pad", 1), ("sft_loss_on_query", 3)):
+    args = SimpleNamespace(response_loss_only=False, response_length=R)
+    for name, targets in (("", 3), ("eos_as_pad", 2), ("sft_loss_on_response", 2)):
         module = patched(name, "sft")
         tokenizer = module.load_tokenizer(models.sft, "x")
         policy = module.load_causal_lm(models.sft, tokenizer, 100, "x")
@@ -169,8 +169,8 @@ def test_initial_networks(run_ppo):
         same = [torch.equal(body.embed_in.weight, value_model.body.embed_in.weight) for body in bodies]
         assert same == [name in ("", "no_normalisation"), name == "value_from_sft"]
         assert torch.equal(value_model.head.weight, reward_model.head.weight) == same[0]
-        assert value_model.head.bias.item() == (-0.5 if name == "" else 0.0)
-        assert reward_model.head.bias.item() == (0.0 if name == "no_normalisation" else -0.5)
+        assert value_model.head.bias.item() == {"": -0.5, "no_normalisation": -3.5}.get(name, 0.0)
+        assert reward_model.head.bias.item() == (-3.5 if name == "no_normalisation" else -0.5)
 
 
 def advantages(module):
@@ -257,7 +257,7 @@ def test_the_evaluation_is_as_before(run_ppo):
 def test_verdicts_follow_the_rule():
     """Made-up runs of 16 seeds: a large loss, hardly any, a noisy one, and one whose PPO fails on every seed."""
     rng = np.random.default_rng(0)
-    where = {"world": 1, "kernels": "X"}
+    where = {"world": 1, "kernels": "X", "split": "test"}
     others = dict.fromkeys(ablate.FIGURES, 0.5)
 
     def make(variant, golds):

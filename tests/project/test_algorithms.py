@@ -22,6 +22,9 @@ from common import CACHE, LENGTHS, ROOT, make_model_folder, make_pairs, make_pos
 from common import assert_close, ppo, reset_accelerate
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+sys.path.insert(0, str(ROOT))
+from benchmark.algorithms import compare  # noqa: E402
+
 DIFFS = {path.stem: path for path in sorted((ROOT / "benchmark/algorithms").glob("*.diff"))}
 PAD, R = 9, 6
 WALL_CLOCK = ("eps", "time/rollout", "time/train")
@@ -237,3 +240,23 @@ def test_the_best_of_n_is_chosen(inputs, tmp_path):
     summary = json.loads((tmp_path / "best/summary.json").read_text())
     assert summary["updates"] == 0 and len(pd.read_csv(tmp_path / "best/samples_validation.csv")) == 16
     reset_accelerate()
+
+
+# ---- The comparison --------------------------------------------------------------------------------------------------
+def test_settings_are_chosen_on_validation_posts_and_paired_on_test_posts():
+    figures = dict.fromkeys(compare.FIGURES, 0.5)
+
+    def make(variant, split, golds):
+        return [figures | {"variant": variant, "split": split, "seed": i, "gold": g} for i, g in enumerate(golds)]
+
+    runs = make("rloo lr 0.001 kl 0.1", "validation", [5, 1]) + make("rloo lr 0.0005 kl 0.1", "validation", [4, 4])
+    runs += make("ppo lr 0.001 kl 0.05", "validation", [6]) + make("ppo lr 0.0005 kl 0.05", "test", [9])
+    runs += [{"variant": "rloo lr 0.002 kl 0.1", "split": "validation", "seed": 0, "error": "rloo: not finite"}]
+    runs += make("baseline", "validation", [99])
+    assert compare.choose(runs) == {"rloo": (0.0005, 0.1), "ppo": (0.001, 0.05)}
+    runs = [run for run in runs if run["split"] == "validation"]
+    runs += make("ppo lr 0.001 kl 0.05", "test", [5, 6, 7]) + make("rloo lr 0.0005 kl 0.1", "test", [4, 6, 5])
+    header, _, first, second = compare.table(runs, compare.choose(runs)).splitlines()
+    assert "gold" in header and first.startswith("| PPO | 0.001, 0.05 | 3 | 6.000 |")
+    # The differences are -1, 0, -2: mean -1, standard error 1 / sqrt(3), t of two degrees of freedom 4.303.
+    assert second.startswith("| RLOO | 0.0005, 0.1 | 3 | 5.000 |") and "| -1.000 [-3.484, +1.484] |" in second

@@ -30,7 +30,7 @@ def quickstart(folder):
     metrics = out / "sft/metrics.jsonl"
     with start(*words, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         deadline = time.time() + 600
-        while not metrics.exists() or metrics.read_text().count("\n") < 3:
+        while not metrics.exists() or metrics.read_text().count("\n") < 55:
             assert process.poll() is None and time.time() < deadline
             time.sleep(0.05)
         stages = psutil.Process(process.pid).children(recursive=True)
@@ -47,10 +47,9 @@ def quickstart(folder):
 
 
 def test_a_killed_quickstart_ends_with_its_stage_and_continues(quickstart):
-    """By SIGKILL: the stage gets SIGTERM, saves, and ends."""
+    """By SIGKILL: the stage gets SIGTERM, and the next call goes on from its checkpoint."""
     assert quickstart.left == []
-    none, update = read_json(quickstart.out / "sft/args.json")["resumed_after_updates"]  # each call passes --resume
-    assert none == 0 and update >= 3
+    assert read_json(quickstart.out / "sft/args.json")["resumed_after_updates"] == [0, 50]  # each call passes --resume
     episodes = [line["episode"] for line in read_metrics(quickstart.out / "sft")]
     assert episodes == [16 * (number + 1) for number in range(100)] + [1600]  # the last is the evaluation
 

@@ -88,11 +88,14 @@ def test_every_value_has_one_meaning():
 
 # ---- What is written -------------------------------------------------------------------------------------------------
 def test_same_flags_same_bytes(world, tmp_path):
-    sums = file_sums(world)
-    assert sums == file_sums(generate(tmp_path / "again"))
+    pretrained = file_sums(world)
+    assert pretrained == file_sums(generate(tmp_path / "again"))
+    assert file_sums(world / "base_model") == file_sums(tiny_env.BASE_MODEL)
+    sums = file_sums(generate(tmp_path / "random", "--base_model", "random"))
+    assert {name for name in sums if sums[name] != pretrained[name]} >= {"base_model/model.safetensors"}
     changed = []
     for flag, value in (("--model_seed", 2), ("--seed", 2), ("--num_train_posts", 500)):
-        other = file_sums(generate(tmp_path / flag, flag, value))
+        other = file_sums(generate(tmp_path / flag, "--base_model", "random", flag, value))
         changed.append({name for name in sums if sums[name] != other[name]} - {"tiny_env.json"})
     assert changed[0] == {"base_model/model.safetensors"}
     assert {f"{part}/{split}.parquet" for part in ("posts", "comparisons") for split in SPLITS} <= changed[1]
@@ -105,7 +108,7 @@ def test_the_default_world_stays_as_it_is():
     posts = tiny_env.make_posts(args, "validation", 50, set())
     rows = [posts, tiny_env.make_comparisons(args, "validation", 100, posts), tiny_env.make_cnndm(args, 20)]
     text = json.dumps([*rows, tiny_env.settings_of(args)], sort_keys=True)
-    expected = "429a5261feb4cc94994fcbd21d5a4df9bf73957967280dc68b9290d2e4c9f803"
+    expected = "eb12bfeac6f9f1d2465e5b31e5177603ffec0c3078af9bc25535ee3aa91b62cf"
     assert hashlib.sha256(text.encode()).hexdigest() == expected
 
 
@@ -141,7 +144,7 @@ def test_references_and_labels_are_as_noisy_as_stated(world):
         known = facts[row["info"]["id"]]["facts"]
         left, right = [tiny_env.gold_score(summary["text"], known) for summary in row["summaries"]]
         agree.append(0.5 if left == right else float((right > left) == (row["choice"] == 1)))
-        expected.append(1 / (1 + math.exp(-0.4 * abs(right - left))))  # Bradley-Terry, label_beta 0.4
+        expected.append(1 / (1 + math.exp(-0.5 * abs(right - left))))  # Bradley-Terry, label_beta 0.5
         by_confidence[abs(row["extra"]["confidence"] - 5)].append(agree[-1])
     assert abs(sum(agree) - sum(expected)) < 4 * math.sqrt(sum(p * (1 - p) for p in expected))
     shares = [mean(values) for _, values in sorted(by_confidence.items())]

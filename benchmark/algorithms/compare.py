@@ -1,0 +1,245 @@
+"""
+SFT, best-of-n, DPO, RLOO, GRPO and PPO from the same SFT and reward models, on the tiny world.
+
+    python benchmark/algorithms/compare.py                     # choose on validation, then test: a night on two cores
+    python benchmark/algorithms/compare.py --smoke --seeds 1   # a small world: for trying out, the figures mean nothing
+
+An algorithm is a diff of this folder, applied to a copy of the scripts; PPO is ppo.py as it is. Models, world and flags
+are those of the ablations, and the models of the baseline are shared with them (--work_dir).
+    1. Every learning rate of GRID with every KL coefficient (beta of DPO), on validation posts with the two seeds
+       --choose_seeds. The pair with the highest mean gold score is chosen, for each algorithm by itself.
+    2. The chosen ones, best-of-n and SFT on the test posts, with --seeds.
+PPO, RLOO and GRPO sample the same number of responses; GRPO and RLOO take one step on each batch, PPO four. `rloo_long`
+and `grpo_long` sample three times as many, which takes them about PPO's time. DPO sees the reward model's pairs.
+
+Everything is sampled and measured at the training temperature of 0.7: only so is the KL that of the samples, and
+best-of-n comparable. Of a run:
+    gold, win_rate     mean gold score of the responses; share above the reference's, ties count half
+    lc_win_rate        win rate at equal length: logistic regression on the log length ratio, as eval_judge.py has it
+    kl, score          log-ratio to the SFT model summed over a response (best-of-n: see its diff); reward model's score
+    length, eos_share  tokens; share that end by EOS
+    seconds            of the training and evaluation, beside another run on the other core
+
+algorithms.jsonl has one line per run, added when the run ends; a run that has one is not repeated.
+"""
+
+import json
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+import torch
+import tyro
+from scipy.special import expit
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import ppo  # noqa: E402
+from benchmark.ablations.ablate import FLAGS, Harness, Variant, cell, paired  # noqa: E402
+from benchmark.systems.processes import ROOT, launch, write_atomically  # noqa: E402
+from benchmark.tiny_world.gold import load_samples, scores  # noqa: E402
+from benchmark.tiny_world.tiny_env import load_facts  # noqa: E402
+from eval_judge import fit_logistic, load_length, log_length_ratio  # noqa: E402
+
+TEMPERATURE = 0.7
+EPISODES = FLAGS["ppo"]["total_episodes"]
+# Of each algorithm: its diff, and the flags that differ from PPO's. DPO's are those of sft.py.
+ALGORITHMS = {
+    "ppo": (None, {}),
+    "rloo": ("rloo", {}),
+    "grpo": ("grpo", {}),
+    "dpo": ("dpo", {}),
+    "rloo_long": ("rloo", {"total_episodes": 3 * EPISODES}),
+    "grpo_long": ("grpo", {"total_episodes": 3 * EPISODES}),
+}
+LEARNING_RATES = (1.5e-4, 3e-4, 6e-4, 1.2e-3)
+GRID = {name: [(lr, kl) for lr in LEARNING_RATES for kl in (0.025, 0.05, 0.1)] for name in ("ppo", "rloo", "grpo")}
+GRID["dpo"] = [(lr, beta) for lr in LEARNING_RATES for beta in (0.05, 0.1, 0.3)]
+NS = (1, 4, 16, 64)
+NAMES = {"ppo": "PPO", "rloo": "RLOO", "grpo": "GRPO", "dpo": "DPO", "best": "best of n", "sft": "SFT"}
+NAMES |= {"rloo_long": "RLOO, 3 x the episodes", "grpo_long": "GRPO, 3 x the episodes"}
+NAMES |= {f"best_of_{n}": f"best of {n}" for n in NS[1:]}
+
+
+@dataclass
+class Args:
+    seeds: tuple[int, ...] = tuple(range(1, 17))  # of the runs on test posts
+    choose_seeds: tuple[int, ...] = (101, 102)  # of the runs on validation posts
+    world_seed: int = 1  # seed of the tiny world
+    jobs: int = 2  # runs side by side, one thread each
+    work_dir: Path = Path("runs/ablations")  # folder for the worlds and the runs
+    out: Optional[Path] = None
+    """file for the runs (.jsonl), with table (.md) and picture (.png) beside it. Default:
+    benchmark/results/algorithms.jsonl; with --smoke in the folder of the runs"""
+    smoke: bool = False  # a small world, a few updates and one setting: the figures mean nothing
+    split: str = "test"  # set by the script itself: first validation, then test
+
+
+# ---- Running ---------------------------------------------------------------------------------------------------------
+def make_variant(baseline: Variant, algorithm: str, lr: float, kl: float) -> Variant:
+    """A run of one algorithm with one setting, on top of the baseline's SFT and reward model."""
+    diff, flags = ALGORITHMS[algorithm]
+    coefficient = {"beta" if algorithm == "dpo" else "kl_coef": kl}
+    variant = Variant(f"{algorithm} lr {lr:g} kl {kl:g}", baseline, first="ppo")
+    variant.path = ROOT / f"benchmark/algorithms/{diff}.diff" if diff else None
+    variant.flags["ppo"] = flags | coefficient | {"lr": lr, "eval_temperature": TEMPERATURE}
+    return variant
+
+
+def best_of(baseline: Variant, n: int) -> Variant:
+    """Best of n; of one, it is the SFT model itself."""
+    variant = Variant(f"best_of_{n}" if n > 1 else "sft", baseline, first="ppo")
+    variant.path = ROOT / "benchmark/algorithms/best_of_n.diff"
+    variant.flags["ppo"] = {"best_of_n": n}
+    variant.decided["ppo"] = {"total_episodes", "run_eval"}
+    return variant
+
+
+class Comparison(Harness):
+    default_name = "algorithms.jsonl"
+
+    def command(self, variant: Variant, seed: int, stage: str) -> list:
+        """That of the ablations; DPO runs a copy of sft.py instead of ppo.py."""
+        if stage != "ppo" or not variant.name.startswith("dpo"):
+            return super().command(variant, seed, stage)
+        flags = self.flags["sft"] | {"total_episodes": self.flags["reward"]["total_episodes"]} | variant.flags["ppo"]
+        flags |= {"seed": seed, "base_model": self.folder(variant, seed, "sft"), "eval_split": self.args.split}
+        flags |= {"query_dataset": self.world / "posts", "label_dataset": self.world / "comparisons", "save_every": 0}
+        flags |= {"local_eval_batch_size": 200, "output_dir": self.folder(variant, seed, "ppo")}
+        words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+        return launch(self.root / variant.name / "scripts" / "sft.py", ["--resume", "--run_eval", *words])
+
+    def measure(self, variant: Variant, seed: int) -> dict:
+        """All figures of one run, as the header defines them."""
+        if variant.name == "baseline":  # of the ablations, at another temperature
+            return super().measure(variant, seed)
+        folder, facts = self.folder(variant, seed, "ppo"), load_facts(str(self.world))
+        rows = load_samples(str(folder / f"samples_{self.args.split}.csv"), facts)
+        gold, _, won = scores(rows, facts)
+        measure, _ = load_length(str(self.world / "base_model"))
+        lengths = [np.array([measure(text) for text in texts]) for texts in (rows.response, rows.reference)]
+        intercept, _, _ = fit_logistic(log_length_ratio(*lengths), won)
+        result = {"gold": gold.mean(), "win_rate": won.mean()}
+        result["lc_win_rate"] = won.mean() if intercept is None else expit(intercept)
+        summary = json.loads((folder / "summary.json").read_text())
+        summary |= self.score_again(variant, seed, rows) if variant.name.startswith("dpo") else {}
+        for name, key in {"kl": "kl", "score": "score", "length": "response_length", "eos_share": "eos_share"}.items():
+            result[name] = summary[f"eval/{key}"]
+        return {name: float(f"{value:.5g}") for name, value in result.items()}
+
+    @torch.no_grad()
+    def score_again(self, variant: Variant, seed: int, rows) -> dict:
+        """Of DPO's samples, what ppo.py's evaluation tells of its own: KL, score, and length. They count as ended."""
+        sft, reward, policy = [self.folder(variant, seed, stage) / "model" for stage in ("sft", "reward", "ppo")]
+        tokenizer = ppo.load_tokenizer(str(sft), "--base_model")
+        policies = [ppo.load_causal_lm(str(path), tokenizer, 600, "policy") for path in (policy, sft)]
+        reward_model = ppo.ScalarModel(ppo.load_classifier(str(reward), tokenizer, 600, "reward model"))
+        pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+        sums = defaultdict(float)
+        for query, response in zip(rows["query"], rows.response):
+            queries = torch.tensor([ppo.encode(tokenizer, query)])  # (1, Q)
+            responses = torch.tensor([[*ppo.encode(tokenizer, " " + response), eos]])  # (1, R)
+            token_ids, positions = ppo.join_rows(queries, responses, pad)
+            new, old = [
+                ppo.response_logprobs(m, token_ids, positions, responses, pad, TEMPERATURE)[0] for m in policies
+            ]
+            sums["eval/kl"] += float((new - old).sum())
+            sums["eval/score"] += float(reward_model(token_ids, ppo.last_token_idx(token_ids, pad)))
+            sums["eval/response_length"] += responses.shape[1]
+        return {name: value / len(rows) for name, value in sums.items()} | {"eval/eos_share": float("nan")}
+
+
+def choose(runs: list[dict]) -> dict:
+    """Algorithm -> (learning rate, KL coefficient) with the highest mean gold score on validation posts."""
+    golds = defaultdict(list)
+    for run in runs:
+        if run["split"] == "validation" and " lr " in run["variant"]:
+            algorithm, _, lr, _, kl = run["variant"].split()
+            golds[algorithm, float(lr), float(kl)].append(run.get("gold", -np.inf))
+    best = {}
+    for (algorithm, lr, kl), values in golds.items():
+        if algorithm not in best or np.mean(values) > best[algorithm][0]:
+            best[algorithm] = (np.mean(values), lr, kl)
+    return {algorithm: (lr, kl) for algorithm, (_, lr, kl) in best.items()}
+
+
+# ---- The report ------------------------------------------------------------------------------------------------------
+FIGURES = ("gold", "win_rate", "lc_win_rate", "length", "kl", "score", "seconds")
+
+
+def table(runs: list[dict], chosen: dict) -> str:
+    """One row per algorithm on the test posts: means, and differences from PPO paired by seed."""
+    test = defaultdict(dict)
+    for run in runs:
+        if run["split"] == "test" and "error" not in run and run["variant"] != "baseline":
+            test[run["variant"].split()[0]][run["seed"]] = run
+    lines = [f"| algorithm | lr, KL coefficient | seeds | {' | '.join(FIGURES)} | gold minus PPO's |"]
+    lines.append("|---|" + "---|" * (3 + len(FIGURES)))
+    for name, seeds in sorted(test.items(), key=lambda item: -np.mean([run["gold"] for run in item[1].values()])):
+        setting = chosen.get(name.removesuffix("_long"), ("", ""))
+        cells = [NAMES[name], ", ".join(f"{value:g}" for value in setting if value != ""), str(len(seeds))]
+        cells += [f"{np.mean([run[figure] for run in seeds.values()]):.3f}" for figure in FIGURES]
+        lines.append(f"| {' | '.join(cells)} | {cell(paired(seeds, test['ppo'], 'gold')) if name != 'ppo' else ''} |")
+    return "\n".join(lines)
+
+
+def draw(runs: list[dict], path: Path):
+    """Gold score and reward model's score over the KL from SFT: every setting on validation posts, test's means."""
+    from matplotlib.figure import Figure  # without pyplot: no window, no global state
+
+    groups = defaultdict(list)
+    for run in runs:
+        if "error" not in run and run["variant"] != "baseline":
+            groups[run["variant"], run["split"]].append(run)
+    names = ["ppo", "rloo", "grpo", "dpo", "best", "sft"]
+    figure = Figure(figsize=(12, 5), dpi=130, layout="constrained")
+    for axes, key, title in zip(figure.subplots(1, 2), ("gold", "score"), ("gold score", "reward model's score")):
+        for (variant, split), group in groups.items():
+            name = variant.split()[0].split("_")[0]
+            x, y = [np.mean([run[figure_name] for run in group]) for figure_name in ("kl", key)]
+            colour = f"C{names.index(name)}"
+            style = (
+                dict(marker="o", alpha=0.35, markersize=4) if split == "validation" else dict(marker="*", markersize=13)
+            )
+            axes.plot(x, y, color=colour, linestyle="", **style)
+        axes.set_xlabel("KL from the SFT model (nats per response; root scale)")
+        axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+        axes.set_ylabel(title)
+        axes.grid(alpha=0.3)
+    for name in names:
+        figure.axes[0].plot([], [], "o", color=f"C{names.index(name)}", label=NAMES[name])
+    figure.axes[0].plot([], [], "*", color="black", markersize=10, label="chosen, test posts (small: validation)")
+    figure.axes[0].legend(fontsize=8)
+    figure.suptitle("What is gained for how much KL: every learning rate and KL coefficient, mean over seeds")
+    figure.savefig(f"{path}.tmp", format="png")
+    Path(f"{path}.tmp").rename(path)
+
+
+def main():
+    args = tyro.cli(Args, use_underscores=True, description=__doc__)
+    baseline = Variant("baseline")
+    grid = {name: pairs[4:5] for name, pairs in GRID.items()} if args.smoke else GRID
+    args.split, test_seeds, args.seeds = "validation", args.seeds, args.choose_seeds
+    harness = Comparison(args)
+    chosen = [make_variant(baseline, name, *pair) for name, pairs in grid.items() for pair in pairs]
+    harness.prepare([baseline, *chosen])
+    harness.run_all([baseline, *chosen])
+    best = choose(harness.runs())
+    print(f"chosen on validation posts: {best}", flush=True)
+
+    args.split, args.seeds = "test", test_seeds
+    harness = Comparison(args)
+    final = [make_variant(baseline, name, *best[name.removesuffix("_long")]) for name in ALGORITHMS]
+    final += [best_of(baseline, n) for n in NS]
+    harness.prepare([baseline, *final])
+    harness.run_all([baseline, *final])
+    text = table(harness.runs(), best)
+    write_atomically(harness.out.with_suffix(".md"), text + "\n")
+    draw(harness.runs(), harness.out.with_suffix(".png"))
+    print(f"\n{text}\n\nraw: {harness.out}; picture: {harness.out.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()
