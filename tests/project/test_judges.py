@@ -31,7 +31,7 @@ def root(tmp_path_factory):
     done = run_inside(tiny_env, "--output_dir", root / "world", *SIZES.split())
     assert done.code == 0, done.err
     torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_pretrained(root / "world/base_model", num_labels=1)
+    model = AutoModelForSequenceClassification.from_pretrained(root / "world/base_model", num_labels=1).float()
     model.config.pad_token_id = 0  # its EOS: at which the score must be read all the same
     model.save_pretrained(root / "some-rm")
     AutoTokenizer.from_pretrained(root / "world/base_model").save_pretrained(root / "some-rm")
