@@ -17,7 +17,7 @@ best-of-n comparable. Of a run:
     gold, win_rate     mean gold score of the responses; share above the reference's, ties count half
     lc_win_rate        win rate at equal length: logistic regression on the log length ratio, as eval_judge.py has it
     kl, score          log-ratio to the SFT model summed over a response (best-of-n: see its diff); reward model's score
-    length, eos_share  tokens; share that end by EOS
+    length, eos_share  tokens; share that end by EOS (not of DPO)
     seconds            of the training and evaluation, beside another run on the other core
 
 algorithms.jsonl has one line per run, added when the run ends; a run that has one is not repeated.
@@ -126,7 +126,8 @@ class Comparison(Harness):
         summary = json.loads((folder / "summary.json").read_text())
         summary |= self.score_again(variant, seed, rows) if variant.name.startswith("dpo") else {}
         for name, key in {"kl": "kl", "score": "score", "length": "response_length", "eos_share": "eos_share"}.items():
-            result[name] = summary[f"eval/{key}"]
+            if f"eval/{key}" in summary:
+                result[name] = summary[f"eval/{key}"]
         return {name: float(f"{value:.5g}") for name, value in result.items()}
 
     @torch.no_grad()
@@ -148,7 +149,7 @@ class Comparison(Harness):
             sums["eval/kl"] += float((new - old).sum())
             sums["eval/score"] += float(reward_model(token_ids, ppo.last_token_idx(token_ids, pad)))
             sums["eval/response_length"] += responses.shape[1]
-        return {name: value / len(rows) for name, value in sums.items()} | {"eval/eos_share": float("nan")}
+        return {name: value / len(rows) for name, value in sums.items()}
 
 
 def choose(runs: list[dict]) -> dict:
@@ -231,7 +232,8 @@ def main():
 
     args.split, args.seeds = "test", test_seeds
     harness = Comparison(args)
-    final = [make_variant(baseline, name, *best[name.removesuffix("_long")]) for name in ALGORITHMS]
+    names = [name for name in ALGORITHMS if not (args.smoke and name.endswith("_long"))]
+    final = [make_variant(baseline, name, *best[name.removesuffix("_long")]) for name in names]
     final += [best_of(baseline, n) for n in NS]
     harness.prepare([baseline, *final])
     harness.run_all([baseline, *final])
