@@ -204,9 +204,10 @@ def draw(runs: list[dict], path: Path):
             style = (
                 dict(marker="o", alpha=0.35, markersize=4) if split == "validation" else dict(marker="*", markersize=13)
             )
-            axes.plot(x, y, color=colour, linestyle="", **style)
+            axes.plot(x, y, color=colour, linestyle="", clip_on=False, zorder=3, **style)
         axes.set_xlabel("KL from the SFT model (nats per response; root scale)")
         axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+        axes.set_xlim(left=0)
         axes.set_ylabel(title)
         axes.grid(alpha=0.3)
     for name in names:

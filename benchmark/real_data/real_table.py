@@ -91,7 +91,8 @@ def markdown(record: dict) -> str:
         rate, low, high = [model[f"eval/accuracy{end}"] for end in ("", "_low", "_high")]
         held_out = f"accuracy {rate:.3f} [{low:.3f}, {high:.3f}] on {model['eval/pairs']} held-out pairs"
         lines.append(f"\n{name}, {model['episodes']} pairs: {held_out}.")
-    lines += ["\n| PPO | first quarter of the updates | last quarter | rise, 95% interval |", "|---|---|---|---|"]
+    if "trend" in record:
+        lines += ["\n| PPO | first quarter of the updates | last quarter | rise, 95% interval |", "|---|---|---|---|"]
     for name, found in record.get("trend", {}).items():
         rise = f"{found['rise']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
         lines.append(f"| {name} | {found['first']:.3f} | {found['last']:.3f} | {rise} |")
@@ -101,6 +102,8 @@ def markdown(record: dict) -> str:
     for name, figures in judge["samples"].items():
         bounds = " to ".join(f"{edge:.3f}" for edge in figures["win_rate_ci95"])
         equal = figures["length_controlled_win_rate"]
+        against = {"sft": "SFT, against references", "ppo": "PPO, against references"}
+        name = against.get(Path(name).parent.name, "PPO, against SFT")
         lines.append(f"| {name} | {figures['win_rate']:.3f} | {bounds} | {'' if equal is None else f'{equal:.3f}'} |")
     return "\n".join(lines)
 
