@@ -3,7 +3,7 @@
 #
 #   bash benchmark/quickstart.sh                 # about four minutes on two cores, after the installation
 #   SEED=2 bash benchmark/quickstart.sh          # another seed of the training; OUT=FOLDER names another folder
-#   SIZE=smoke bash benchmark/quickstart.sh      # an easier world and a third of the data: about two minutes, for tests
+#   SIZE=smoke bash benchmark/quickstart.sh      # an easier world and less data: about two minutes, for tests
 #   PROCESSES=2 bash benchmark/quickstart.sh     # two processes under DeepSpeed ZeRO-2, with the same batches;
 #                                                # CONFIG=FILE names another launcher configuration
 #

@@ -771,7 +771,8 @@ def load_facts(env_dir: str) -> dict[str, dict]:
 def check_args(args: Args) -> None:
     """Refuse flags that make no world, before anything is written."""
     if args.base_model == "pretrained":
-        for name in ("model_seed", "hidden_size", "num_layers", "num_heads", "initializer_range"):
+        shapes = ("hidden_size", "num_layers", "num_heads", "max_position_embeddings")
+        for name in ("model_seed", "initializer_range", *shapes):
             if getattr(args, name) != getattr(Args, name):
                 fail(f"--{name} is for new weights: pass --base_model random")
     bounds = {name: (1, 10**9) for name in vars(args) if name.startswith("num_")}

@@ -20,7 +20,7 @@ from benchmark.judges.chat_server import Server
 from benchmark.tiny_world import tiny_env, tiny_judge
 
 SIZES = "--num_train_posts 60 --num_validation_posts 20 --num_test_posts 20 --num_train_pairs 60 --num_cnndm_pairs 20"
-SIZES += " --num_validation_pairs 40 --num_test_pairs 20 --max_position_embeddings 256"
+SIZES += " --num_validation_pairs 40 --num_test_pairs 20 --base_model random --max_position_embeddings 256"
 MODELS = {"tiny": "tiny-gold-1", "reward": "some-rm"}
 
 

@@ -133,7 +133,9 @@ def test_figures_in_tables_are_those_of_the_results():
         parts = ["", *re.split(r"\n\s*\n", text), ""]
         for before, part, after in zip(parts, parts[1:], parts[2:]):
             for line in re.findall(r"^\|.*", part, re.M):
-                names = re.findall(r"([\w-]+\.json)\b", line) or re.findall(r"([\w-]+\.json)\b", f"{before} {after}")
+                names = re.findall(r"([\w-]+\.jsonl?)\b", line) or re.findall(
+                    r"([\w-]+\.jsonl?)\b", f"{before} {after}"
+                )
                 raw = " ".join((RESULTS / name).read_text() for name in names if (RESULTS / name).exists())
                 known = [float(number) for number in re.findall(r"\d+(?:\.\d+)?(?:e-?\d+)?", raw)]
                 for figure in re.findall(r"(?<![\w.])\d+\.\d+(?![\w.]*\d)", line) if raw else []:
