@@ -59,9 +59,8 @@ class Settings:
     """What decides a figure, and may not change within one folder: the same for all sizes."""
 
     split: str
-    world: str = (
-        "--base_model random --num_values 16 --distractor_share 0.5 --paraphrase_share 0.2"  # flags of tiny_env.py
-    )
+    world: str = "--base_model random --num_values 16 --distractor_share 0.5 --paraphrase_share 0.2"
+    """flags of tiny_env.py"""
     eval_posts: int = 600  # held-out posts; pairs are five per post, 2,000 at the most
     sft_rows: int = 16000
     pairs: int = 24000
@@ -171,7 +170,7 @@ class Sweep:
                 for name in ("tokenizer.json", "tokenizer_config.json"):
                     shutil.copy(self.root / "world/base_model" / name, folder)
                 # Heads of 16 dimensions, but two at the least: a post has more than one thing to look for.
-                shape = tiny_env.Args("", model_seed=seed, hidden_size=size, num_heads=max(2, size // 16))
+                shape = tiny_env.Args("", model_seed=seed, hidden_size=size, num_layers=2, num_heads=max(2, size // 16))
                 count = tiny_env.write_base_model(shape, vocab_size, str(folder))
                 write_atomically(folder / "parameters.json", json.dumps({"parameters": count}))
 
