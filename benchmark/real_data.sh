@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The pipeline on real data: OpenAI's TL;DR posts and comparisons, and SmolLM2-135M-Instruct as the base model.
 #
-#   TLDR_DIR=FOLDER SIZE=short bash benchmark/real_data.sh   # about ten minutes on two cores: for trying out
-#   TLDR_DIR=FOLDER bash benchmark/real_data.sh              # day: about six hours on two cores
+#   TLDR_DIR=FOLDER SIZE=short bash benchmark/real_data.sh   # for trying out: ten minutes on two cores (an estimate)
+#   TLDR_DIR=FOLDER bash benchmark/real_data.sh              # day: six hours on two cores (an estimate)
 #   TLDR_DIR=FOLDER SIZE=full bash benchmark/real_data.sh    # all posts, all pairs, 20,480 episodes: for a GPU
 #
 # TLDR_DIR holds posts/{train,validation,test}.parquet and comparisons/{train,validation,test}.parquet. The pairs are

@@ -29,7 +29,8 @@ ends with an error counts with the gold score of its SFT model: PPO has given no
     undecided                else
 
 benchmark/results/ablations.jsonl has one line per run, added when the run ends; a run that has one is not repeated, and
-one that was interrupted continues. Lines of other scripts stay: each names its commit. Delete those to be run again.
+one that was interrupted goes on with its first unfinished stage. Lines of other scripts stay: each names its commit.
+Delete those to be run again.
 """
 
 import json
@@ -200,10 +201,10 @@ class Harness:
 
     default_name = "ablations.jsonl"
 
-    def __init__(self, args: Args):
-        self.args = args
+    def __init__(self, args: Args, split: str, seeds: tuple[int, ...]):
+        self.args, self.split, self.seeds = args, split, seeds
         # Two kernels round differently, which is as good as another seed.
-        self.where = {"world": args.world_seed, "kernels": torch.backends.cpu.get_cpu_capability(), "split": args.split}
+        self.where = {"world": args.world_seed, "kernels": torch.backends.cpu.get_cpu_capability(), "split": split}
         name = f"{'smoke' if args.smoke else 'full'}-{'-'.join(map(str, self.where.values()))}"
         self.root = Path(args.work_dir, name).resolve()
         self.world = self.root / "world"
@@ -249,7 +250,7 @@ class Harness:
         flags = self.flags[stage] | variant.flags[stage]
         flags |= {"local_micro_batch_size": flags["local_micro_batch_size"] // variant.processes}  # the same batch
         flags = {name: value for name, value in flags.items() if name not in variant.decided[stage]}
-        flags |= {"seed": seed, "query_dataset": f"{self.world}/posts", "run_eval": True, "eval_split": self.args.split}
+        flags |= {"seed": seed, "query_dataset": f"{self.world}/posts", "run_eval": True, "eval_split": self.split}
         flags |= {"local_eval_batch_size": 200, "save_every": 0, "output_dir": self.folder(variant, seed, stage)}
         models = {f"{name}_model_path": self.folder(variant, seed, name) for name in STAGES[: STAGES.index(stage)]}
         own = {"sft": {"base_model": "base_model"}, "reward": {"label_dataset": "comparisons"}, "ppo": {}}[stage]
@@ -296,9 +297,9 @@ class Harness:
         """All runs: baselines before what stands on them; runs of one process side by side, those of two alone."""
         for depth, processes in sorted({(variant.depth, variant.processes) for variant in variants}):
             chosen = [v for v in variants if (v.depth, v.processes) == (depth, processes)]
-            items = [(variant, seed) for variant in chosen for seed in self.args.seeds]
+            items = [(variant, seed) for variant in chosen for seed in self.seeds]
             self.jobs.map(self.run, items, self.args.jobs if processes == 1 else 1)
-        missing = [(v.name, seed) for v in variants for seed in self.args.seeds if not self.recorded(v, seed)]
+        missing = [(v.name, seed) for v in variants for seed in self.seeds if not self.recorded(v, seed)]
         if missing:
             fail(f"{len(missing)} runs are not complete, {missing[0]} is the first; the same command continues")
 
@@ -307,7 +308,7 @@ class Harness:
         sft, reward, ppo = [self.folder(variant, seed, stage) for stage in STAGES]
         result, facts = {}, load_facts(str(self.world))
         for prefix, folder in (("", ppo), ("sft_", sft)):
-            gold, _, won = scores(load_samples(str(folder / f"samples_{self.args.split}.csv"), facts), facts)
+            gold, _, won = scores(load_samples(str(folder / f"samples_{self.split}.csv"), facts), facts)
             result |= {f"{prefix}win_rate": float(won.mean()), f"{prefix}gold": float(gold.mean())}
         keys = {"kl": "kl", "score": "score", "length": "response_length", "eos_share": "eos_share"}
         reports = ((ppo, keys), (reward, {"accuracy": "accuracy", "rm_loss": "loss"}))
@@ -353,8 +354,12 @@ def difference(ablated: dict, baseline: dict) -> dict:
     result = {"n": len(seeds), "errors": sum("error" in ablated[seed] for seed in seeds), "golds": golds}
     result |= {name: paired(ablated, baseline, name) for name in FIGURES[1:]} | {"gold": mean_interval(golds)}
     result["gain"] = float(np.mean([baseline[seed]["gold"] - baseline[seed]["sft_gold"] for seed in seeds]))
-    same = np.ptp(golds) == 0  # the t-test divides by the standard deviation of the differences
-    result["p"] = float(golds[0] == 0) if same else float(stats.ttest_1samp(golds, 0.0).pvalue)
+    if len(golds) < 2:  # one difference tells nothing of its own noise
+        result["p"] = 1.0
+    elif np.ptp(golds) == 0:  # the t-test would divide by their standard deviation
+        result["p"] = float(golds[0] == 0)
+    else:
+        result["p"] = float(stats.ttest_1samp(golds, 0.0).pvalue)
     return result
 
 
@@ -465,7 +470,7 @@ def main():
         fail(f"--only {' '.join(sorted(unknown))}: no such diff; there are {' '.join(known)}")
     if args.jobs < 1 or not args.seeds:
         fail("--jobs must be at least 1, and --seeds must name at least one")
-    harness = Harness(args)
+    harness = Harness(args, args.split, args.seeds)
     if args.out and not args.out.resolve().parent.is_dir():
         fail(f"--out {args.out}: its folder does not exist")  # now, not after the first run
     chosen = with_baselines([variant for variant in known.values() if variant.name in args.only or not args.only])

@@ -10,12 +10,14 @@ are those of the ablations, and the models of the baseline are shared with them 
        --choose_seeds. The pair with the highest mean gold score is chosen, for each algorithm by itself.
     2. The chosen ones, best-of-n and SFT on the test posts, with --seeds.
 PPO, RLOO and GRPO sample the same number of responses; GRPO and RLOO take one step on each batch, PPO four. `rloo_long`
-and `grpo_long` sample three times as many, which takes them about PPO's time. DPO sees the reward model's pairs.
+and `grpo_long` sample three times as many, so that they take three steps where PPO takes four. DPO sees the reward
+model's pairs.
 
 Everything is sampled and measured at the training temperature of 0.7: only so is the KL that of the samples, and
 best-of-n comparable. Of a run:
     gold, win_rate     mean gold score of the responses; share above the reference's, ties count half
-    lc_win_rate        win rate at equal length: logistic regression on the log length ratio, as eval_judge.py has it
+    lc_win_rate        win rate at equal length: logistic regression on the log length ratio, as eval_judge.py has it;
+                       missing where there is no fit
     kl, score          log-ratio to the SFT model summed over a response (best-of-n: see its diff); reward model's score
     length, eos_share  tokens; share that end by EOS (not of DPO)
     seconds            of the training and evaluation, beside another run on the other core
@@ -74,7 +76,6 @@ class Args:
     """file for the runs (.jsonl), with table (.md) and picture (.png) beside it. Default:
     benchmark/results/algorithms.jsonl; with --smoke in the folder of the runs"""
     smoke: bool = False  # a small world, a few updates and one setting: the figures mean nothing
-    split: str = "test"  # set by the script itself: first validation, then test
 
 
 # ---- Running ---------------------------------------------------------------------------------------------------------
@@ -93,7 +94,7 @@ def best_of(baseline: Variant, n: int) -> Variant:
     variant = Variant(f"best_of_{n}" if n > 1 else "sft", baseline, first="ppo")
     variant.path = ROOT / "benchmark/algorithms/best_of_n.diff"
     variant.flags["ppo"] = {"best_of_n": n}
-    variant.decided["ppo"] = {"total_episodes", "run_eval"}
+    variant.decided["ppo"] = {"total_episodes"}
     return variant
 
 
@@ -105,7 +106,7 @@ class Comparison(Harness):
         if stage != "ppo" or not variant.name.startswith("dpo"):
             return super().command(variant, seed, stage)
         flags = self.flags["sft"] | {"total_episodes": self.flags["reward"]["total_episodes"]} | variant.flags["ppo"]
-        flags |= {"seed": seed, "base_model": self.folder(variant, seed, "sft"), "eval_split": self.args.split}
+        flags |= {"seed": seed, "base_model": self.folder(variant, seed, "sft"), "eval_split": self.split}
         flags |= {"query_dataset": self.world / "posts", "label_dataset": self.world / "comparisons", "save_every": 0}
         flags |= {"local_eval_batch_size": 200, "output_dir": self.folder(variant, seed, "ppo")}
         words = [word for name, value in flags.items() for word in (f"--{name}", value)]
@@ -116,13 +117,14 @@ class Comparison(Harness):
         if variant.name == "baseline":  # of the ablations, at another temperature
             return super().measure(variant, seed)
         folder, facts = self.folder(variant, seed, "ppo"), load_facts(str(self.world))
-        rows = load_samples(str(folder / f"samples_{self.args.split}.csv"), facts)
+        rows = load_samples(str(folder / f"samples_{self.split}.csv"), facts)
         gold, _, won = scores(rows, facts)
         measure, _ = load_length(str(self.world / "base_model"))
         lengths = [np.array([measure(text) for text in texts]) for texts in (rows.response, rows.reference)]
         intercept, _, _ = fit_logistic(log_length_ratio(*lengths), won)
         result = {"gold": gold.mean(), "win_rate": won.mean()}
-        result["lc_win_rate"] = won.mean() if intercept is None else expit(intercept)
+        if intercept is not None:
+            result["lc_win_rate"] = expit(intercept)
         summary = json.loads((folder / "summary.json").read_text())
         summary |= self.score_again(variant, seed, rows) if variant.name.startswith("dpo") else {}
         for name, key in {"kl": "kl", "score": "score", "length": "response_length", "eos_share": "eos_share"}.items():
@@ -181,7 +183,9 @@ def table(runs: list[dict], chosen: dict) -> str:
     for name, seeds in sorted(test.items(), key=lambda item: -np.mean([run["gold"] for run in item[1].values()])):
         setting = chosen.get(name.removesuffix("_long"), ("", ""))
         cells = [NAMES[name], ", ".join(f"{value:g}" for value in setting if value != ""), str(len(seeds))]
-        cells += [f"{np.mean([run[figure] for run in seeds.values()]):.3f}" for figure in FIGURES]
+        for figure in FIGURES:
+            values = [run[figure] for run in seeds.values() if figure in run]
+            cells.append(f"{np.mean(values):.3f}" if values else "")
         lines.append(f"| {' | '.join(cells)} | {cell(paired(seeds, test['ppo'], 'gold')) if name != 'ppo' else ''} |")
     return "\n".join(lines)
 
@@ -223,16 +227,14 @@ def main():
     args = tyro.cli(Args, use_underscores=True, description=__doc__)
     baseline = Variant("baseline")
     grid = {name: pairs[4:5] for name, pairs in GRID.items()} if args.smoke else GRID
-    args.split, test_seeds, args.seeds = "validation", args.seeds, args.choose_seeds
-    harness = Comparison(args)
+    harness = Comparison(args, "validation", args.choose_seeds)
     chosen = [make_variant(baseline, name, *pair) for name, pairs in grid.items() for pair in pairs]
     harness.prepare([baseline, *chosen])
     harness.run_all([baseline, *chosen])
     best = choose(harness.runs())
     print(f"chosen on validation posts: {best}", flush=True)
 
-    args.split, args.seeds = "test", test_seeds
-    harness = Comparison(args)
+    harness = Comparison(args, "test", args.seeds)
     names = [name for name in ALGORITHMS if not (args.smoke and name.endswith("_long"))]
     final = [make_variant(baseline, name, *best[name.removesuffix("_long")]) for name in names]
     final += [best_of(baseline, n) for n in NS]

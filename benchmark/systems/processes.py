@@ -75,7 +75,7 @@ def launch(script, flags, config=None, processes=2):
 
 
 class Jobs:
-    """Commands, also side by side, that are asked to save and end when this process is told to stop."""
+    """Commands, also side by side, that end when this process is told to stop."""
 
     def __init__(self, **environment):
         self.environment = os.environ | environment

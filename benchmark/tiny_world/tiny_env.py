@@ -2,9 +2,9 @@
 The tiny world: made-up posts in which the quality of a summary is known exactly.
 
 sft.py, reward.py, ppo.py and eval_judge.py run on the folder that this script writes as they run on the real TL;DR
-data. It holds posts with reference summaries, human-like comparisons in OpenAI's schema, a byte-level BPE tokenizer
-trained on that text, and a randomly initialised GPT-NeoX (Pythia's architecture) that is trained from scratch in
-minutes on two CPU cores.
+data. It holds posts with reference summaries, human-like comparisons in OpenAI's schema, and a GPT-NeoX (Pythia's
+architecture) with a byte-level BPE tokenizer: a small pretrained one, or, with --base_model random, new weights and a
+tokenizer of this very text.
 
 A post states six facts: who did what, where, over how much money, how the author feels and what they ask. A good
 summary states the facts of its post, and no others, briefly: `gold_score` defines that in numbers. As in the real
@@ -15,7 +15,7 @@ than its references.
 
     python benchmark/tiny_world/tiny_env.py --output_dir runs/tiny_env          # the size of the quickstart
     python benchmark/tiny_world/tiny_env.py --output_dir runs/hard --num_facts 9 --num_values 24 \\
-        --distractor_share 0.6 --max_fillers 4 --paraphrase_share 0.5 --hidden_size 128 --num_layers 4
+        --distractor_share 0.6 --max_fillers 4 --paraphrase_share 0.5 --base_model random --hidden_size 128
 
 What is written:
     posts/{train,validation,test}.parquet            id, subreddit, title, post, summary

@@ -284,5 +284,7 @@ def test_verdicts_follow_the_rule():
     ordered = sorted(found.values(), key=lambda entry: entry["p"])
     products = [factor * entry["p"] for factor, entry in zip((4, 3, 2, 1), ordered)]
     assert [entry["corrected_p"] for entry in ordered] == pytest.approx([max(products[: i + 1]) for i in range(4)])
+    one = ablate.compare([run for run in runs if run["seed"] == 0], where, list(VARIANTS.values()))
+    assert {entry["verdict"] for entry in one.values()} == {"undecided"}  # a single seed decides nothing
     text = ablate.markdown(runs, found, list(VARIANTS.values()))
     assert all(VARIANTS[name].header["title"] in text for name in verdicts) and "undecided" in text
