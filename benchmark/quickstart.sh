@@ -24,7 +24,7 @@ CONFIG=${CONFIG:-benchmark/accelerate/cpu_zero2.yaml}
 launch=(python)
 [ "$PROCESSES" = 1 ] || launch=(accelerate launch --config_file "$CONFIG" --num_processes "$PROCESSES")
 case $SIZE in
-  full)  world=(); sft_rows=8000; pairs=20000; episodes=2048; norm=2000 ;;
+  full)  world=(); sft_rows=12000; pairs=24000; episodes=2048; norm=2000 ;;
   smoke) world=(--num_values 4 --max_fillers 0 --distractor_share 0 --num_train_posts 4000 --num_train_pairs 4000
                 --num_validation_posts 100 --num_test_posts 100
                 --num_validation_pairs 200 --num_test_pairs 200 --num_cnndm_pairs 30)
@@ -46,18 +46,17 @@ stage() {
 }
 
 # What the tiny environment needs, and the paper does not: a small model learns in minutes with one learning rate of
-# 3e-4 (not 3e-6) after a short warm-up, in small batches.
-tiny=(--resume --seed "$SEED" --query_dataset "$WORLD/posts" --lr 3e-4 --eval_split "$SPLIT" --run_eval)
+# 1.5e-4 (not 3e-6) after a short warm-up, in small batches.
+tiny=(--resume --seed "$SEED" --query_dataset "$WORLD/posts" --lr 1.5e-4 --eval_split "$SPLIT" --run_eval)
 tiny+=(--local_eval_batch_size 200)
-tiny_lm=(--warm_up_steps 50 --local_micro_batch_size $((16 / PROCESSES)))
 
 stage world "$WORLD" tiny_env.json \
   python benchmark/tiny_world/tiny_env.py --output_dir "$WORLD" ${world[@]+"${world[@]}"}
-stage sft "$OUT/sft" summary.json "${launch[@]}" sft.py "${tiny[@]}" "${tiny_lm[@]}" --base_model "$WORLD/base_model" \
-  --total_episodes $sft_rows --response_length 28 --output_dir "$OUT/sft"
-stage reward "$OUT/reward" summary.json "${launch[@]}" reward.py "${tiny[@]}" "${tiny_lm[@]}" \
-  --sft_model_path "$OUT/sft" --label_dataset "$WORLD/comparisons" --total_episodes $pairs --normalization_rows $norm \
-  --output_dir "$OUT/reward"
+stage sft "$OUT/sft" summary.json "${launch[@]}" sft.py "${tiny[@]}" --base_model "$WORLD/base_model" --warm_up_steps 50 \
+  --total_episodes $sft_rows --local_micro_batch_size $((16 / PROCESSES)) --response_length 28 --output_dir "$OUT/sft"
+stage reward "$OUT/reward" summary.json "${launch[@]}" reward.py "${tiny[@]}" --sft_model_path "$OUT/sft" \
+  --label_dataset "$WORLD/comparisons" --warm_up_steps 50 --total_episodes $pairs \
+  --local_micro_batch_size $((8 / PROCESSES)) --normalization_rows $norm --output_dir "$OUT/reward"
 stage ppo "$OUT/ppo" summary.json "${launch[@]}" ppo.py "${tiny[@]}" --sft_model_path "$OUT/sft" \
   --reward_model_path "$OUT/reward" --total_episodes $episodes --local_micro_batch_size $((64 / PROCESSES)) \
   --gradient_accumulation_steps 2 --local_rollout_forward_batch_size 128 --response_length 28 --output_dir "$OUT/ppo"

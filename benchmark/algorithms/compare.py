@@ -56,7 +56,7 @@ ALGORITHMS = {
     "rloo_long": ("rloo", {"total_episodes": 3 * EPISODES}),
     "grpo_long": ("grpo", {"total_episodes": 3 * EPISODES}),
 }
-LEARNING_RATES = (1.5e-4, 3e-4, 6e-4, 1.2e-3)
+LEARNING_RATES = (7.5e-5, 1.5e-4, 3e-4, 6e-4)
 GRID = {name: [(lr, kl) for lr in LEARNING_RATES for kl in (0.025, 0.05, 0.1)] for name in ("ppo", "rloo", "grpo")}
 GRID["dpo"] = [(lr, beta) for lr in LEARNING_RATES for beta in (0.05, 0.1, 0.3)]
 NS = (1, 4, 16, 64)
@@ -69,7 +69,7 @@ NAMES |= {f"best_of_{n}": f"best of {n}" for n in NS[1:]}
 class Args:
     seeds: tuple[int, ...] = tuple(range(1, 17))  # of the runs on test posts
     choose_seeds: tuple[int, ...] = (101, 102)  # of the runs on validation posts
-    world_seed: int = 1  # seed of the tiny world
+    world_seed: int = 3  # seed of the tiny world
     jobs: int = 2  # runs side by side, one thread each
     work_dir: Path = Path("runs/ablations")  # folder for the worlds and the runs
     out: Optional[Path] = None

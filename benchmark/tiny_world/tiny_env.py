@@ -54,12 +54,12 @@ WORLD_VERSION = 2  # raised when the same flags give another world; other versio
 @dataclass
 class Args:
     output_dir: str  # the folder to write; a complete one made with the same flags is left as it is
-    seed: int = 1  # seed of posts, references and comparisons
+    seed: int = 3  # of posts, references and comparisons; the settings were chosen with 1, 2, 7 and 8
     # ---- How much data ----
     num_train_posts: int = 12000  # posts (with references) to train on
     num_validation_posts: int = 600  # posts to choose settings on
     num_test_posts: int = 600  # posts to report on, once
-    num_train_pairs: int = 20000  # comparisons to train on; they are about the train posts
+    num_train_pairs: int = 24000  # comparisons to train on; they are about the train posts
     num_validation_pairs: int = 2000  # comparisons about the validation posts
     num_test_pairs: int = 2000  # comparisons about the test posts
     num_cnndm_pairs: int = 300  # comparisons in CNN/DM form (news articles instead of posts), for validation only

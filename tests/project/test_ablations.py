@@ -26,7 +26,7 @@ SCRIPTS = {"sft": sft, "reward": reward, "ppo": ppo}
 VARIANTS = {variant.name: variant for variant in ablate.load_variants()}
 # The diffs that change defaults of ppo.py, and nothing else.
 FLAGS = {
-    "adam_eps_1e-8": {"eps": 1e-8}, "half_lr": {"lr": 1.5e-4}, "no_kl": {"kl_coef": 0.0},
+    "adam_eps_1e-8": {"eps": 1e-8}, "half_lr": {"lr": 7.5e-5}, "no_kl": {"kl_coef": 0.0},
     "no_clipping": {"cliprange": 1e9}, "no_value_clipping": {"cliprange_value": 1e9},
     "one_epoch": {"num_ppo_epochs": 1}, "minibatches_4": {"num_mini_batches": 4, "gradient_accumulation_steps": 1},
     "no_eos_penalty": {"missing_eos_penalty": None}, "reward_whitening": {"whiten_rewards": True},
