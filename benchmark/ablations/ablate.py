@@ -249,14 +249,13 @@ class Harness:
 
     def command(self, variant: Variant, seed: int, stage: str) -> list:
         """The command of one stage."""
-        flags = self.flags[stage] | variant.flags[stage]
+        own = {"sft": {"base_model": "base_model"}, "reward": {"label_dataset": "comparisons"}, "ppo": {}}[stage]
+        flags = {name: self.world / folder for name, folder in own.items()} | self.flags[stage] | variant.flags[stage]
         flags |= {"local_micro_batch_size": flags["local_micro_batch_size"] // variant.processes}  # the same batch
         flags = {name: value for name, value in flags.items() if name not in variant.decided[stage]}
         flags |= {"seed": seed, "query_dataset": f"{self.world}/posts", "run_eval": True, "eval_split": self.split}
         flags |= {"local_eval_batch_size": 200, "save_every": 0, "output_dir": self.folder(variant, seed, stage)}
-        models = {f"{name}_model_path": self.folder(variant, seed, name) for name in STAGES[: STAGES.index(stage)]}
-        own = {"sft": {"base_model": "base_model"}, "reward": {"label_dataset": "comparisons"}, "ppo": {}}[stage]
-        flags |= models | {name: self.world / folder for name, folder in own.items()}
+        flags |= {f"{name}_model_path": self.folder(variant, seed, name) for name in STAGES[: STAGES.index(stage)]}
         words = ["--resume"]
         for name, value in flags.items():
             words += [f"--{name}"] if value is True else [f"--{name}", value]

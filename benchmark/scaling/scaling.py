@@ -1,214 +1,318 @@
 """
-Model sizes x seeds through SFT, reward model and PPO in one world: what grows with size, and what does not.
+Model sizes x seeds through SFT, reward model and PPO on the tiny world, and over-optimisation.
 
-The paper's question (1B, 2.8B and 6.9B parameters, four seeds each) in miniature: every size and seed goes through
-the same three scripts with the same number of examples, pairs and episodes, in a world that is hard enough for
-quality to go on rising.
+The paper's question (1B, 2.8B and 6.9B parameters, four seeds each) in miniature. Each size has a base model of its own,
+pretrained on the same text as the committed one (tiny_world/pretrain.sh), as the Pythia models are. Every size is trained
+with the same settings, those of the quickstart.
 
-    . benchmark/setup.sh
-    python benchmark/scaling/scaling.py                      # sizes, over-optimisation, tables and pictures: 75 minutes
-    python benchmark/scaling/scaling.py --smoke              # a tiny version of everything: three minutes
-    python benchmark/scaling/scaling.py sizes plot           # without over-optimisation
-    python benchmark/scaling/scaling.py --split validation   # while settings are being chosen; test is read once
+    python benchmark/scaling/scaling.py                        # everything
+    python benchmark/scaling/scaling.py --smoke --seeds 1 2    # a small world: for trying out, the figures mean nothing
 
-Parts:
-    sizes              every size with every seed: base model, SFT, reward model, PPO
-    overoptimisation   policies of one size against reward models of several sizes at several KL coefficients
-    plot               report.py on what is there
+1. Base models of the WIDTHS.
+2. SFT, reward model and PPO of every width and seed.
+3. Over-optimisation: policies of one width against reward models of REWARD_WIDTHS, for each of KL_COEFS, with a higher
+   learning rate and more episodes, so that they go far from the SFT model.
 
-Every stage is a process of its own with one thread, --jobs of them side by side. A stage that is complete is not
-repeated, and one that was interrupted continues from its checkpoint: the same command again is all it takes.
+Of a run, the figures of ablate.py, and
+    parameters           of the model
+    judge_agreement      share of the test pairs on which the reward model prefers the summary with the higher gold score
+    preferences          the reward model's choice on every test pair, one bit each, in hexadecimal
+    bins, sft_bins       [wins, posts] by log length ratio to the reference, in the bins of eval_judge.py
+    curves               KL, reward model's score, gold score, EOS share and entropy of every update of PPO, from samples
+scaling.jsonl has one line per run; a run that has one is not repeated, and an interrupted one goes on with its first
+unfinished stage. scaling.md and scaling.png, overoptimisation.md and overoptimisation.png are made of it.
 
-It writes, under --root: world/, h{SIZE}/s{SEED}/{base,sft,reward,ppo}, overoptimisation/p{SIZE}-r{SIZE}-kl{BETA}/
-s{SEED}/ppo, and settings.json.
+Intervals are Student's t over seeds. Trend: Page's test for values that rise with size within each seed.
 """
 
 import json
-import shutil
+import os
 import sys
-import time
-from dataclasses import asdict, dataclass
+from collections import defaultdict
+from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Optional
 
+import numpy as np
+import pandas as pd
 import tyro
+from scipy import stats
+from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from benchmark.systems.processes import ROOT, Jobs, write_atomically  # noqa: E402
-from benchmark.tiny_world import tiny_env  # noqa: E402
-from benchmark.tiny_world.tiny_env import fail  # noqa: E402
+from benchmark.ablations.ablate import FLAGS, Harness, Variant, cell, with_baselines  # noqa: E402
+from benchmark.systems.processes import ROOT, write_atomically  # noqa: E402
+from benchmark.tiny_world.gold import load_samples, mean_interval, scores  # noqa: E402
+from benchmark.tiny_world.tiny_env import fail, gold_score, load_facts  # noqa: E402
+from eval_judge import LENGTH_EDGES, length_bins, load_length, log_length_ratio  # noqa: E402
+
+WIDTHS = {16: 2, 32: 2, 64: 4, 160: 10}  # hidden size -> attention heads; three layers each
+POLICY_WIDTH = 64
+REWARD_WIDTHS = (32, 64)
+KL_COEFS = (0.0, 0.02, 0.05)
+FAR = dict(lr=6e-4, total_episodes=3 * FLAGS["ppo"]["total_episodes"])
+CURVES = {"kl": "objective/kl", "score": "objective/rm_scores", "gold": "objective/gold_scores"}
+CURVES |= {"eos_share": "val/eos_share", "entropy": "objective/entropy"}
 
 
 @dataclass
 class Args:
-    parts: tyro.conf.Positional[tuple[Literal["sizes", "overoptimisation", "plot"], ...]] = (
-        "sizes", "overoptimisation", "plot"
-    )  # fmt: skip
-    """what to do"""
-    root: Optional[Path] = None  # folder of all runs (default: runs/scaling/full-SPLIT, or smoke-SPLIT)
-    results: Optional[Path] = None
-    """folder for tables and pictures (default: benchmark/results for the full test run, else ROOT/results)"""
-    split: Literal["validation", "test"] = "test"
-    """split that everything is evaluated on; choose settings on validation, read test once"""
-    smoke: bool = False  # two sizes, two seeds, an easy world and a few updates of everything
-    jobs: int = 2  # stages side by side, one thread each
+    seeds: tuple[int, ...] = tuple(range(1, 9))  # of the runs
+    world_seed: int = 3  # seed of the tiny world
+    jobs: int = 2  # runs side by side, one thread each
+    work_dir: Path = Path("runs/scaling")  # folder for base models, world and runs
+    out: Optional[Path] = None
+    """file for the runs (.jsonl), with tables and pictures beside it. Default: benchmark/results/scaling.jsonl; with
+    --smoke, in --work_dir"""
+    smoke: bool = False  # a small world, short pretraining and a few updates: the figures mean nothing
 
 
-@dataclass
-class Settings:
-    """What decides a figure, and may not change within one folder: the same for all sizes."""
+class Sizes(Harness):
+    default_name = "scaling.jsonl"
 
-    split: str
-    world: str = "--base_model random --num_values 16 --distractor_share 0.5 --paraphrase_share 0.2"
-    """flags of tiny_env.py"""
-    eval_posts: int = 600  # held-out posts; pairs are five per post, 2,000 at the most
-    sft_rows: int = 16000
-    pairs: int = 24000
-    normalization_rows: int = 2000  # references behind a reward model's offset
-    ppo_episodes: int = 3840
-    ppo_batch: int = 128  # samples per update and minibatch; at most 64 or a multiple of it
-    response_length: int = 28  # six facts take 27 tokens and EOS
-    lr: float = 1e-3  # of SFT and reward model
-    ppo_lr: float = 1e-4
-    kl_coef: float = 0.05
-    sizes: tuple = (16, 32, 64, 192)  # widths, multiples of 16; two layers each
-    seeds: tuple = (44413, 55513, 66613, 77713)  # of initial weights, data order and sampling
-    # Over-optimisation: policies of one size against reward models of the first part.
-    policy_size: int = 64
-    reward_sizes: tuple = (16, 64, 192)
-    kl_coefs: tuple = (0.0, 0.01, 0.05, 0.2)
-    overoptimisation_seeds: tuple = (44413, 55513)
-    overoptimisation_lr: float = 3e-4  # high enough for policies to go far from the SFT model
+    def base_model(self, width: int) -> Path:
+        """The folder of a base model; it is pretrained if it is not there. That of width 64 is in the repository."""
+        if width == 64 and not self.args.smoke:
+            return ROOT / "benchmark/tiny_world/base_model"
+        folder = self.root.parent / ("smoke-bases" if self.args.smoke else "bases") / str(width)
+        environment = dict(OUT=f"{folder}-run", TARGET=str(folder), WIDTH=str(width), HEADS=str(WIDTHS[width]))
+        environment |= {"POSTS": "640"} if self.args.smoke else {}
+        if not (folder / "config.json").exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            command = ["bash", ROOT / "benchmark/tiny_world/pretrain.sh"]
+            if self.jobs.run(["env", *(f"{k}={v}" for k, v in environment.items()), *command], f"{folder}.log") != 0:
+                fail(f"the base model of width {width} could not be made, see {folder}.log; the same command continues")
+        return folder
 
+    def folder(self, variant: Variant, seed: int, stage: str) -> Path:
+        """An over-optimisation run has the policy of one width and the reward model of another."""
+        if stage == "reward" and "reward_width" in variant.header:
+            return self.root / variant.header["reward_width"] / f"seed{seed}" / "reward"
+        return super().folder(variant, seed, stage)
 
-SMOKE = dict(
-    world="--base_model random --num_values 4 --max_fillers 0 --distractor_share 0.2 --paraphrase_share 0.2",
-    eval_posts=30, sft_rows=640, pairs=320, normalization_rows=50, ppo_episodes=96, ppo_batch=32,
-    sizes=(16, 32), seeds=(44413, 55513), policy_size=16, reward_sizes=(16, 32), kl_coefs=(0.0, 0.05),
-    overoptimisation_seeds=(44413,),
-)  # fmt: skip
+    def command(self, variant: Variant, seed: int, stage: str) -> list:
+        """That of the ablations; PPO runs by way of ppo_gold.py, which logs the gold score of the samples."""
+        words = super().command(variant, seed, stage)
+        if stage == "ppo":
+            script = ROOT / "benchmark/tiny_world/ppo_gold.py"
+            words = [words[0], script, "--gold_env_dir", self.world, *words[2:]]
+        return words
 
+    def measure(self, variant: Variant, seed: int) -> dict:
+        result = super().measure(variant, seed)
+        sft, reward, ppo = [self.folder(variant, seed, stage) for stage in ("sft", "reward", "ppo")]
+        result["parameters"] = AutoModelForCausalLM.from_pretrained(sft / "model").num_parameters()
+        updates = [json.loads(line) for line in (ppo / "metrics.jsonl").read_text().splitlines()]
+        updates = [update for update in updates if "lr" in update]  # the last line is the evaluation
+        for name, key in CURVES.items():
+            result.setdefault("curves", {})[name] = [float(f"{update[key]:.4g}") for update in updates]
 
-def size_folder(root: Path, size: int, seed: int) -> Path:
-    return root / f"h{size}" / f"s{seed}"
+        facts = load_facts(str(self.world))
+        length, _ = load_length(str(self.world / "base_model"))
+        for name, folder in (("bins", ppo), ("sft_bins", sft)):
+            rows = load_samples(str(folder / f"samples_{self.split}.csv"), facts)
+            _, _, won = scores(rows, facts)
+            lengths = [np.array([length(text) for text in texts]) for texts in (rows.response, rows.reference)]
+            bins = length_bins(log_length_ratio(*lengths), won)
+            result[name] = [[round(2 * part["n"] * (part["win_rate"] or 0)) / 2, part["n"]] for part in bins]
 
-
-def cell_folder(settings: Settings, root: Path, reward_size: int, kl_coef: float, seed: int) -> Path:
-    """Folder of one over-optimisation run."""
-    return root / "overoptimisation" / f"p{settings.policy_size}-r{reward_size}-kl{kl_coef:g}" / f"s{seed}" / "ppo"
-
-
-class Sweep:
-    """The stages of one call."""
-
-    def __init__(self, settings: Settings, root: Path):
-        self.settings, self.root, self.begin = settings, root, time.time()
-        self.jobs = Jobs(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", TRANSFORMERS_VERBOSITY="error")
-
-    def stage(self, script: list, folder: Path, seed: int, flags: list):
-        """Run one script unless its summary.json, which it writes last, is there."""
-        if (folder / "summary.json").exists() or self.jobs.stopped:
-            return
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        flags = [*flags, "--resume", "--seed", seed, "--query_dataset", self.root / "world/posts", "--keep", 1]
-        flags += ["--run_eval", "--eval_split", self.settings.split, "--local_eval_batch_size", 200]
-        flags += ["--output_dir", folder]
-        begin, log = time.time(), f"{folder}.log"
-        code = self.jobs.run([sys.executable, *script, *flags], log)
-        if code > 0:
-            fail(f"{folder} ended with exit code {code}, see {log}; the same command continues")
-        if code == 0:
-            minutes = (time.time() - self.begin) / 60
-            print(f"{folder.relative_to(self.root)}: {time.time() - begin:.0f} s; {minutes:.0f} min so far", flush=True)
-
-    def ppo(self, folder: Path, policy: int, reward: int, lr: float, kl_coef: float, seed: int):
-        """PPO of a policy against a reward model, by way of ppo_gold.py, which logs the gold score of the samples."""
-        settings, micro = self.settings, min(64, self.settings.ppo_batch)
-        flags = ["--lr", lr, "--kl_coef", kl_coef, "--total_episodes", settings.ppo_episodes]
-        flags += ["--local_micro_batch_size", micro, "--gradient_accumulation_steps", settings.ppo_batch // micro]
-        flags += ["--local_rollout_forward_batch_size", settings.ppo_batch]
-        flags += ["--response_length", settings.response_length]
-        flags += ["--sft_model_path", size_folder(self.root, policy, seed) / "sft"]
-        flags += ["--reward_model_path", size_folder(self.root, reward, seed) / "reward"]
-        script = ["benchmark/tiny_world/ppo_gold.py", "--gold_env_dir", self.root / "world"]
-        self.stage(script, folder, seed, flags)
-
-    def size(self, size: int, seed: int):
-        """SFT, reward model and PPO of one size and seed, as in benchmark/quickstart.sh."""
-        settings, here = self.settings, size_folder(self.root, size, seed)
-        small = ["--warm_up_steps", 20, "--local_micro_batch_size", 16, "--lr", settings.lr]
-        flags = ["--base_model", here / "base", "--response_loss_only", "--response_length", settings.response_length]
-        self.stage(["sft.py"], here / "sft", seed, [*small, *flags, "--total_episodes", settings.sft_rows])
-        flags = ["--sft_model_path", here / "sft", "--label_dataset", self.root / "world/comparisons"]
-        flags += ["--total_episodes", settings.pairs, "--normalization_rows", settings.normalization_rows]
-        self.stage(["reward.py"], here / "reward", seed, [*small, *flags])
-        self.ppo(here / "ppo", size, size, settings.ppo_lr, settings.kl_coef, seed)
-
-    def cell(self, reward: int, kl_coef: float, seed: int):
-        """One run of the second part."""
-        folder = cell_folder(self.settings, self.root, reward, kl_coef, seed)
-        self.ppo(folder, self.settings.policy_size, reward, self.settings.overoptimisation_lr, kl_coef, seed)
-
-    def make_world(self):
-        """The world, and a base model with weights of its own for each size and seed."""
-        settings, pairs = self.settings, min(2000, 5 * self.settings.eval_posts)
-        flags = [*settings.world.split(), "--output_dir", self.root / "world"]
-        flags += ["--num_train_posts", settings.sft_rows, "--num_train_pairs", settings.pairs]
-        for split in ("validation", "test"):
-            flags += [f"--num_{split}_posts={settings.eval_posts}", f"--num_{split}_pairs={pairs}"]
-        flags += [f"--num_cnndm_pairs={max(1, pairs // 4)}"]
-        log = self.root / "world.log"
-        if self.jobs.run([sys.executable, "benchmark/tiny_world/tiny_env.py", *flags], log) != 0:
-            fail(f"the world cannot be made, see {log}")
-        vocab_size = json.loads((self.root / "world" / tiny_env.MANIFEST).read_text())["base_model"]["tokenizer_size"]
-        for size in settings.sizes:
-            for seed in settings.seeds:
-                folder = size_folder(self.root, size, seed) / "base"
-                if (folder / "parameters.json").exists():
-                    continue
-                folder.mkdir(parents=True, exist_ok=True)
-                for name in ("tokenizer.json", "tokenizer_config.json"):
-                    shutil.copy(self.root / "world/base_model" / name, folder)
-                # Heads of 16 dimensions, but two at the least: a post has more than one thing to look for.
-                shape = tiny_env.Args("", model_seed=seed, hidden_size=size, num_layers=2, num_heads=max(2, size // 16))
-                count = tiny_env.write_base_model(shape, vocab_size, str(folder))
-                write_atomically(folder / "parameters.json", json.dumps({"parameters": count}))
+        margins = pd.read_csv(reward / f"pairs_{self.split}.csv").margin.to_numpy()
+        pairs = pd.read_parquet(self.world / "comparisons" / f"{self.split}.parquet")
+        golds = []
+        for info, texts, choice in zip(pairs["info"], pairs.summaries, pairs.choice):
+            left, right = [gold_score(text["text"], facts[info["id"]]["facts"]) for text in texts]
+            golds.append((right - left) if choice else (left - right))  # chosen minus rejected, as the margin is
+        known = np.array(golds) != 0
+        result["judge_agreement"] = float(np.mean((margins > 0)[known] == (np.array(golds) > 0)[known]))
+        result["preferences"] = np.packbits(margins > 0).tobytes().hex()
+        return result
 
 
-def claim(settings: Settings, root: Path):
-    """Refuse a folder that was made with other settings; write settings.json."""
-    path, ours = root / "settings.json", json.loads(json.dumps(asdict(settings)))
-    theirs = json.loads(path.read_text()) if path.exists() else ours
-    for name, value in ours.items():
-        if value != theirs.get(name):
-            fail(f"--root {root} was made with {name} {theirs.get(name)}, not {value}: name another folder")
-    root.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(ours, indent=2))
+def load_variants(harness: Sizes, widths: list[int]) -> list[Variant]:
+    """All runs: the sizes, and on top of them those of over-optimisation."""
+    sizes = {}
+    for width in widths:
+        sizes[width] = Variant(f"baseline width {width}")
+        sizes[width].flags["sft"] = {"base_model": harness.base_model(width)}
+    policy = sizes.get(POLICY_WIDTH, sizes[widths[-1]])
+    variants = list(sizes.values())
+    for width in set(REWARD_WIDTHS) & set(sizes):
+        for kl_coef in KL_COEFS:
+            variant = Variant(f"reward model {width}, KL coefficient {kl_coef}", policy, first="ppo")
+            variant.header["reward_width"] = sizes[width].name
+            variant.flags["ppo"] = {"kl_coef": kl_coef} | ({} if harness.args.smoke else FAR)
+            variants.append(variant)
+    return variants
+
+
+# ---- The report ------------------------------------------------------------------------------------------------------
+ROWS = {
+    "sft_loss": "SFT loss", "rougeL": "SFT ROUGE-L", "accuracy": "RM accuracy on held-out labels",
+    "judge_agreement": "RM agreement with the judge, held-out pairs", "sft_win_rate": "SFT win rate",
+    "win_rate": "PPO win rate", "gain": "PPO win rate minus SFT's", "gold": "PPO gold score", "kl": "PPO KL",
+    "length": "PPO response tokens", "eos_share": "PPO share of responses with EOS",
+}  # fmt: skip
+
+
+def by_width(runs: list[dict]) -> dict[int, dict[int, dict]]:
+    """width -> seed -> run, of the widths in ascending order."""
+    found = defaultdict(dict)
+    for run in runs:
+        if run["variant"].startswith("baseline width"):
+            found[int(run["variant"].split()[-1])][run["seed"]] = run | {"gain": run["win_rate"] - run["sft_win_rate"]}
+    return dict(sorted(found.items()))
+
+
+def seed_agreement(runs: list[dict]) -> list[float]:
+    """Share of test pairs on which the reward models of two seeds prefer the same summary, for every two seeds."""
+    bits = [np.unpackbits(np.frombuffer(bytes.fromhex(run["preferences"]), np.uint8)) for run in runs]
+    return [float(np.mean(a == b)) for a, b in combinations(bits, 2)]
+
+
+def page_p(sizes: dict, name: str) -> Optional[float]:
+    """P-value of Page's trend test over the seeds that all sizes have; of the loss, for values that fall."""
+    seeds = sorted(set.intersection(*(set(runs) for runs in sizes.values())))
+    if len(seeds) < 2 or len(sizes) < 3:
+        return None
+    sign = -1 if name == "sft_loss" else 1
+    return float(stats.page_trend_test([[sign * runs[seed][name] for runs in sizes.values()] for seed in seeds]).pvalue)
+
+
+def sizes_table(sizes: dict) -> str:
+    """Every figure by size, with its trend; win rates by length; agreement between seeds."""
+    heads = [f"{next(iter(runs.values()))['parameters']:,} parameters" for runs in sizes.values()]
+    lines = [f"| | {' | '.join(heads)} | trend |", "|---|" + "---|" * (len(sizes) + 1)]
+    for name, title in ROWS.items():
+        p = page_p(sizes, name)
+        cells = [cell(mean_interval([run[name] for run in runs.values()]), ".3f") for runs in sizes.values()]
+        lines.append(f"| {title} | {' | '.join(cells)} | {'' if p is None else f'p = {p:.2g}'} |")
+    shares = [seed_agreement(list(runs.values())) for runs in sizes.values()]
+    cells = [f"{np.mean(found):.3f}" if found else "" for found in shares]
+    lines.append(f"| two reward models of other seeds agree | {' | '.join(cells)} | |")
+    edges = [f"{edge:g}" for edge in LENGTH_EDGES]
+    names = [f"below {edges[0]}", *(f"{a} to {b}" for a, b in zip(edges, edges[1:])), f"above {edges[-1]}"]
+    for key, stage in (("sft_bins", "SFT"), ("bins", "PPO")):
+        for i, name in enumerate(names):
+            parts = [np.sum([run[key][i] for run in runs.values()], axis=0) for runs in sizes.values()]
+            cells = [f"{wins / n:.2f} (n = {n:.0f})" if n else "" for wins, n in parts]
+            lines.append(f"| {stage} win rate, log length ratio {name} | {' | '.join(cells)} | |")
+    seeds = max(len(runs) for runs in sizes.values())
+    return "\n".join(
+        [f"Means over {seeds} seeds with 95% t-intervals; bins of length: all seeds together.", "", *lines]
+    )
+
+
+def overoptimisation_table(runs: list[dict]) -> str:
+    """Per reward model and KL coefficient: the gold score at the start, at its peak and at the end, and what went along."""
+    groups = defaultdict(list)
+    for run in runs:
+        if run["variant"].startswith("reward model"):
+            groups[run["variant"]].append(run["curves"])
+    head = "seeds | gold: first, peak, last | RM score: first, at the peak, last | KL: at the peak, last"
+    head += " | EOS share: least after the peak | entropy: first, at the peak, last"
+    lines = [f"| policies against | {head} |", "|---|" + "---|" * (1 + head.count("|"))]
+    for name, curves in sorted(groups.items()):
+        smooth = [{key: np.convolve(curve[key], np.ones(3) / 3, "valid") for key in CURVES} for curve in curves]
+        peaks = [int(np.argmax(curve["gold"])) for curve in smooth]
+
+        def mean(key, *places):
+            found = []
+            for at in places:
+                found.append(np.mean([curve[key][peak if at == "peak" else at] for curve, peak in zip(smooth, peaks)]))
+            return ", ".join(f"{value:.2f}" for value in found)
+
+        least = np.mean([min(curve["eos_share"][peak:]) for curve, peak in zip(smooth, peaks)])
+        cells = [str(len(curves)), mean("gold", 0, "peak", -1), mean("score", 0, "peak", -1), mean("kl", "peak", -1)]
+        lines.append(f"| {name} | {' | '.join([*cells, f'{least:.2f}', mean('entropy', 0, 'peak', -1)])} |")
+    return "\n".join(["Means over seeds of curves that are averaged over three updates.", "", *lines])
+
+
+def draw_sizes(sizes: dict, path: Path):
+    """Six panels: every seed a dot, the mean with its interval."""
+    from matplotlib.figure import Figure  # without pyplot: no window, no global state
+
+    counts = [next(iter(runs.values()))["parameters"] for runs in sizes.values()]
+    panels = [
+        [("sft_loss", "SFT")],
+        [("rougeL", "SFT")],
+        [("accuracy", "human-like labels"), ("judge_agreement", "judge")],
+    ]
+    panels += [[("sft_win_rate", "SFT"), ("win_rate", "PPO")], [("sft_gold", "SFT"), ("gold", "PPO")]]
+    titles = ("SFT loss", "SFT ROUGE-L", "reward model: agreement with", "win rate against references", "gold score")
+    figure = Figure(figsize=(13, 7), dpi=120, layout="constrained")
+    axes = figure.subplots(2, 3).flat
+    for ax, title, series in zip(axes, titles, panels):
+        for i, (key, label) in enumerate(series):
+            values = [[run[key] for run in runs.values()] for runs in sizes.values()]
+            found = [mean_interval(some) for some in values]
+            ax.plot(counts, [entry["mean"] for entry in found], "o-", color=f"C{i}", label=label)
+            for x, some, entry in zip(counts, values, found):
+                ax.plot([x] * len(some), some, ".", color=f"C{i}", alpha=0.3)
+                if entry["low"] is not None:
+                    ax.plot([x, x], [entry["low"], entry["high"]], color=f"C{i}", linewidth=2)
+        ax.set_xscale("log")
+        ax.set_xticks(counts, [f"{count / 1000:.0f}k" for count in counts])
+        ax.minorticks_off()
+        ax.set_title(title)
+        ax.set_xlabel("parameters")
+        ax.legend()
+    edges = [2 * LENGTH_EDGES[0] - LENGTH_EDGES[1], *LENGTH_EDGES, 2 * LENGTH_EDGES[-1] - LENGTH_EDGES[-2]]
+    middles = [(a + b) / 2 for a, b in zip(edges, edges[1:])]
+    for i, (count, runs) in enumerate(zip(counts, sizes.values())):
+        for key, style, label in (("sft_bins", ":", ""), ("bins", "-", f"{count / 1000:.0f}k")):
+            sums = np.sum([run[key] for run in runs.values()], axis=0)  # (bins, 2)
+            shown = sums[:, 1] >= 20
+            axes[5].plot(np.array(middles)[shown], (sums[:, 0] / np.maximum(sums[:, 1], 1))[shown], style, marker="o",
+                         color=f"C{i + 2}", label=label)  # fmt: skip
+    axes[5].set_title("win rate by length, PPO (lines) and SFT (dotted)")
+    axes[5].set_xlabel("log length ratio to the reference")
+    axes[5].legend()
+    figure.suptitle(f"Sizes: {max(map(len, sizes.values()))} seeds each, mean and 95% t-interval")
+    figure.savefig(f"{path}.tmp", format="png")
+    os.replace(f"{path}.tmp", path)
+
+
+def draw_overoptimisation(runs: list[dict], path: Path):
+    """Reward model's score and gold score over the KL, one panel per reward model and score."""
+    from matplotlib.figure import Figure
+
+    groups = defaultdict(list)
+    for run in runs:
+        if run["variant"].startswith("reward model"):
+            groups[run["variant"]].append(run["curves"])
+    rewards = sorted({name.split(",")[0] for name in groups})
+    figure = Figure(figsize=(11, 4.2 * len(rewards)), dpi=120, layout="constrained")
+    for row, reward in zip(figure.subplots(len(rewards), 2, squeeze=False), rewards):
+        for ax, key, title in zip(row, ("score", "gold"), ("reward model's score", "gold score")):
+            for i, name in enumerate(sorted(name for name in groups if name.split(",")[0] == reward)):
+                for number, curves in enumerate(groups[name]):
+                    kl, y = [np.convolve(curves[which], np.ones(3) / 3, "valid") for which in ("kl", key)]
+                    label = name.split(", ")[1] if number == 0 else ""
+                    ax.plot(np.sqrt(np.maximum(kl, 0)), y, color=f"C{i}", alpha=0.6, label=label)
+            ax.set_title(f"{reward}: {title}")
+            ax.set_xlabel("square root of the KL from the SFT model (nats)")
+            ax.legend()
+            ax.grid(alpha=0.3)
+    figure.savefig(f"{path}.tmp", format="png")
+    os.replace(f"{path}.tmp", path)
 
 
 def main():
     args = tyro.cli(Args, use_underscores=True, description=__doc__)
-    if args.jobs < 1:
-        fail("--jobs must be at least 1")
-    kind = "smoke" if args.smoke else "full"
-    root = (args.root or ROOT / "runs" / "scaling" / f"{kind}-{args.split}").resolve()
-    public = kind == "full" and args.split == "test" and not args.root
-    settings = Settings(args.split, **(SMOKE if args.smoke else {}))
-    claim(settings, root)
-    sweep = Sweep(settings, root)
-    sweep.make_world()
-    if "sizes" in args.parts:
-        # Seed by seed, so that a first seed of all sizes is there early; wide ones first, so that no core waits long.
-        items = [(size, seed) for seed in settings.seeds for size in sorted(settings.sizes, reverse=True)]
-        sweep.jobs.map(sweep.size, items, args.jobs)
-    if "overoptimisation" in args.parts:
-        seeds, rewards = settings.overoptimisation_seeds, sorted(settings.reward_sizes, reverse=True)
-        items = [(reward, kl_coef, seed) for seed in seeds for reward in rewards for kl_coef in settings.kl_coefs]
-        sweep.jobs.map(sweep.cell, items, args.jobs)
-    if "plot" in args.parts:
-        from benchmark.scaling import report
-
-        report.write(root, args.results or (ROOT / "benchmark" / "results" if public else root / "results"))
+    if args.jobs < 1 or not args.seeds:
+        fail("--jobs must be at least 1, and --seeds must name at least one")
+    harness = Sizes(args, "test", args.seeds)
+    variants = load_variants(harness, list(WIDTHS)[:2] if args.smoke else list(WIDTHS))
+    harness.prepare(variants)
+    harness.run_all(with_baselines(variants))
+    runs = [run for run in harness.runs() if harness.where.items() <= run.items()]
+    folder, sizes = harness.out.parent, by_width(runs)
+    for name, table in (("scaling", sizes_table(sizes)), ("overoptimisation", overoptimisation_table(runs))):
+        write_atomically(folder / f"{name}.md", table + "\n")
+        print(f"\n{table}")
+    draw_sizes(sizes, folder / "scaling.png")
+    draw_overoptimisation(runs, folder / "overoptimisation.png")
 
 
 if __name__ == "__main__":

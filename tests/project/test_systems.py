@@ -4,6 +4,7 @@ import signal
 import statistics
 import sys
 import time
+from itertools import product
 
 import psutil
 import pytest
@@ -12,7 +13,7 @@ from commands import long, read_json, run, start
 from common import ROOT
 from transformers import GenerationConfig, GPTNeoXConfig
 
-from benchmark.scaling import pictures, report
+from benchmark.scaling import scaling
 from benchmark.systems import engines, speed, throughput
 
 SYSTEMS = ROOT / "benchmark/systems"
@@ -99,23 +100,41 @@ def test_what_a_benchmark_starts_ends_with_it(config, number, tmp_path):
 
 
 # ---- Tables and pictures ---------------------------------------------------------------------------------------------
-def test_trend_by_hand():
-    """Three sizes, two seeds: of 720 orders, 8 keep each size together and rise, and as many fall."""
-    test = report.trend({1: [1.0, 2.0], 2: [3.0, 4.0], 3: [5.0, 6.0]})
-    assert test["J"] == 12 and test["p"] == pytest.approx(16 / 720)
-    assert report.trend({1: [5.0], 2: [5.0]})["J"] == 0.5 and report.trend({1: [5.0]}) is None
+def sweep(seeds=3):
+    """Made-up runs: three widths, of which each is better than the one before on every seed, and two of PPO far away."""
+    curves = {"kl": [0.0, 1.0, 2.0, 3.0, 4.0], "score": [0.0, 1.0, 2.0, 3.0, 4.0], "gold": [1.0, 3.0, 5.0, 3.0, 1.0]}
+    curves |= {"eos_share": [1.0, 1.0, 1.0, 1.0, 0.4], "entropy": [9.0] * 5}
+    for seed, (i, width) in product(range(seeds), enumerate((16, 32, 64))):
+        figures = dict.fromkeys([*scaling.ROWS, "sft_gold"], 0.2 + 0.1 * i + 0.01 * seed)
+        figures |= {"sft_loss": 1.0 - figures["gold"], "bins": [[seed, 40]] * 7, "sft_bins": [[10, 40]] * 7}
+        figures |= {"preferences": "ff00" if seed else "ffff", "parameters": 1000 * width, "curves": curves}
+        yield {"variant": f"baseline width {width}", "seed": seed} | figures
+        yield {"variant": f"reward model {width}, KL coefficient 0.0", "seed": seed, "curves": curves}
 
 
-@pytest.mark.parametrize("name", ["scaling", "overoptimisation"])
-def test_published_tables_and_pictures_are_those_of_the_raw_figures(name, tmp_path):
-    record = read_json(RESULTS / f"{name}.json")
-    tables = {"scaling": report.tables, "overoptimisation": report.overoptimisation_tables}[name]
-    published = (RESULTS / f"{name}.md").read_text(encoding="utf-8")
-    rows = [line for line in tables(record).splitlines() if line.startswith("| ") and "equal length" not in line]
-    assert len(rows) > 10 and not [row for row in rows[1:] if row not in published]
-    {"scaling": pictures.draw_sizes, "overoptimisation": pictures.draw_overoptimisation}[name](record, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in RESULTS.glob(f"{name}*.png")}
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
+def test_sizes_by_hand(tmp_path):
+    runs = list(sweep())
+    sizes = scaling.by_width(runs)
+    # Of two seeds' reward models, one pair agrees on all and two on half; in length, 0 + 1 + 2 wins of 3 x 40.
+    assert scaling.seed_agreement(list(sizes[16].values())) == [0.5, 0.5, 1.0]
+    rows = {line.split(" | ")[0]: line for line in scaling.sizes_table(sizes).splitlines()}
+    assert rows["| two reward models of other seeds agree"].count("0.667") == 3
+    assert rows["| PPO win rate, log length ratio -0.15 to 0.15"].count("0.03 (n = 120)") == 3
+    assert "0.210 [0.185, 0.235] | 0.310" in rows["| PPO win rate"]  # mean -+ 4.3027 x 0.01 / sqrt(3)
+    # L = 3 x (1 + 4 + 9) is the largest of Page's sums: one order of 6 on each of three seeds.
+    for name in ("sft_loss", "rougeL"):
+        assert scaling.page_p(sizes, name) == pytest.approx(1 / 216)
+    scaling.draw_sizes(sizes, tmp_path / "sizes.png")
+    assert (tmp_path / "sizes.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_over_optimisation_by_hand(tmp_path):
+    runs = list(sweep())
+    line = scaling.overoptimisation_table(runs).splitlines()[-1]
+    # Averages of three updates: gold 3, 3.67, 3 with its peak in the middle; EOS 0.8 at the end.
+    assert line.endswith("| 3 | 3.00, 3.67, 3.00 | 1.00, 2.00, 3.00 | 2.00, 3.00 | 0.80 | 9.00, 9.00, 9.00 |")
+    scaling.draw_overoptimisation(runs, tmp_path / "over.png")
+    assert (tmp_path / "over.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_speed_table_and_chart(tmp_path):
