@@ -15,7 +15,7 @@ than its references.
 
     python benchmark/tiny_world/tiny_env.py --output_dir runs/tiny_env          # the size of the quickstart
     python benchmark/tiny_world/tiny_env.py --output_dir runs/hard --num_facts 9 --num_values 24 \\
-        --distractor_share 0.6 --max_fillers 4 --paraphrase_share 0.5 --base_model random --hidden_size 128
+        --distractor_share 0.6 --max_fillers 4 --base_model random --hidden_size 128
 
 What is written:
     posts/{train,validation,test}.parquet            id, subreddit, title, post, summary
@@ -69,8 +69,6 @@ class Args:
     num_values: int = 12  # values that a fact can take (4 to 24): fewer examples of each
     distractor_share: float = 0.25  # share of posts that also mention, in passing, a value that is not a fact
     max_fillers: int = 2  # a post has 0 to this many sentences that are beside the point (0 to 6)
-    paraphrase_share: float = 0.0
-    """chance that a post says a value in another word than summaries do (amounts, things, cities, jobs: never)"""
     # ---- How good references and labels are ----
     vague_share: float = 0.6  # share of references that leave most facts out
     wrong_value_share: float = 0.04  # chance of each value in a reference to be wrong
@@ -170,25 +168,6 @@ SLOTS: dict[str, Slot] = {
         ("I hate every {v}.", "I never wanted to be a {v}."),
     ),
 }  # fmt: skip
-# The other word by which a post may say a value, in the order of the values. A summary has to use the value itself: in
-# it the other word states nothing and counts as junk. So copying is not enough, the pairs of words have to be learned.
-PARAPHRASES: dict[str, tuple[str, ...]] = {
-    "who": words("""manager sis bro flatmate proprietor neighbour kinsman colleague relative tutor gf bf mom
-        dad auntie buddy nibling lodger repairman pipefitter trainer physician granny stepfather"""),
-    "event": words("""fibbed swindled shouted disappeared wept wagered wheezed knelt giggled boozed puffed
-        collapsed freaked quarreled swore dozed protested intruded snooped wooed boasted moaned
-        shrieked pouted"""),
-    "ask": words("""depart repent linger grumble litigate reimburse stop remain migrate admit scrap avenge
-        pardon obstruct abdicate heed decline consent answer attest mediate resettle bargain
-        capitulate"""),
-    "feeling": words("""mad unhappy afraid remorseful envious isolated smug exhausted puzzled embarrassed jittery
-        wounded optimistic listless stunned reassured enraged uneasy resentful powerless deadened
-        concerned irritated glad"""),
-    "place": words("""workplace galley nuptials bash academy gymnasium chapel airfield clinic seaside inn pub
-        yard archive gallery depot bazaar playhouse menagerie patisserie ranch lido treasury
-        tribunal"""),
-}
-
 # A thorough summary is one sentence about what happened, with its circumstances, and then short sentences of their own.
 TAILS = ("place", "amount", "item", "city")  # clauses that hang on `who` + `event`
 SENTENCES = ("job", "feeling", "ask")  # clauses that are sentences of their own
@@ -309,25 +288,8 @@ def draw_distractors(rng: random.Random, args: Args, facts: dict[str, str]) -> d
     return {name: other_value(rng, args, name, facts[name])}
 
 
-def paraphrase(rng: random.Random, args: Args, values: dict[str, str]) -> dict[str, str]:
-    """`values` as a post says them: each in its other word with probability `paraphrase_share`.
-
-    >>> paraphrase(random.Random(0), Args("", paraphrase_share=1.0), {"who": "boss", "amount": "40"})
-    {'who': 'manager', 'amount': '40'}
-    """
-    said = dict(values)
-    for name, value in values.items():
-        # Nothing is drawn where nothing can come of it: a world without paraphrases is the same as ever, to the byte.
-        if args.paraphrase_share > 0 and name in PARAPHRASES and rng.random() < args.paraphrase_share:
-            said[name] = PARAPHRASES[name][SLOTS[name].values.index(value)]
-    return said
-
-
 def write_story(rng: random.Random, args: Args, facts: dict[str, str], distractors: dict[str, str]) -> list[str]:
-    """The sentences of a post: each fact once, in loose order, with fillers and distractors in between.
-
-    `facts` and `distractors` come as the post says them (see `paraphrase`).
-    """
+    """The sentences of a post: each fact once, in loose order, with fillers and distractors in between."""
     stated = {n: rng.choice(SLOTS[n].statements).format(v=v, who=facts["who"]) for n, v in facts.items() if n != "who"}
     # The event opens the story and the question closes it, mostly; the rest comes in any order.
     middle = [text for name, text in stated.items() if name not in ("event", "ask")]
@@ -406,9 +368,8 @@ def make_posts(args: Args, split: str, count: int, seen: set) -> list[dict]:
     while len(posts) < count:
         facts = draw_facts(rng, args)
         distractors = draw_distractors(rng, args, facts)
-        said = paraphrase(rng, args, facts)
-        story = write_story(rng, args, said, paraphrase(rng, args, distractors))
-        title = rng.choice(TITLES).format(age=rng.randint(18, 39), sex=rng.choice("fm"), who=said["who"])
+        story = write_story(rng, args, facts, distractors)
+        title = rng.choice(TITLES).format(age=rng.randint(18, 39), sex=rng.choice("fm"), who=facts["who"])
         kind, summary = write_reference(rng, args, facts, distractors)
         # Line breaks at a few places give the truncation rule of detail 2 something to cut at.
         text = story[0] + "".join(("\n" if rng.random() < 0.1 else " ") + sentence for sentence in story[1:])
@@ -574,8 +535,7 @@ def make_cnndm(args: Args, count: int) -> tuple[list[dict], list[dict]]:
     for i in range(count):
         facts = draw_facts(rng, args)
         distractors = draw_distractors(rng, args, facts)
-        said, aside = paraphrase(rng, args, facts), paraphrase(rng, args, distractors)
-        article = "By a staff reporter.\n" + "\n".join(write_story(rng, args, said, aside))
+        article = "By a staff reporter.\n" + "\n".join(write_story(rng, args, facts, distractors))
         kind, summary = write_reference(rng, args, facts, distractors)
         posts.append({"id": f"tiny_cnndm_{i:06d}", "article": article, "summary": summary.strip(), "facts": facts,
                       "distractors": distractors, "reference_kind": kind})  # fmt: skip
@@ -791,9 +751,7 @@ def check_args(args: Args) -> None:
 
 def settings_of(args: Args) -> dict:
     """What decides the bytes that are written: every flag but the place."""
-    # A world without paraphrases has the manifest that it had before there were any.
-    flags = {k: v for k, v in asdict(args).items() if k != "output_dir" and (k != "paraphrase_share" or v)}
-    return {"world_version": WORLD_VERSION, **flags}
+    return {"world_version": WORLD_VERSION} | {k: v for k, v in asdict(args).items() if k != "output_dir"}
 
 
 def already_there(args: Args) -> bool:
