@@ -287,7 +287,7 @@ class Harness:
         result = {"error": error} if error else self.measure(variant, seed)
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
         about = {"commit": commit.stdout.strip(), "date": date.today().isoformat(), "machine": describe_machine()}
-        about |= {"seconds": round(time.time() - begin)}
+        about |= {"seconds": round(time.time() - begin), "peak_gib": round(self.jobs.peak_gib[log], 3)}
         with open(self.out, "a", encoding="utf-8") as file:
             file.write(json.dumps(self.where | {"variant": variant.name, "seed": seed} | result | about) + "\n")
         if not variant.is_baseline:  # nothing stands on it

@@ -21,6 +21,7 @@ best-of-n comparable. Of a run:
     kl, score          log-ratio to the SFT model summed over a response (best-of-n: see its diff); reward model's score
     length, eos_share  tokens; share that end by EOS (not of DPO)
     seconds            of the training and evaluation, beside another run on the other core
+    peak_gib           largest resident memory of the process, in GiB
 
 algorithms.jsonl has one line per run, added when the run ends; a run that has one is not repeated.
 """
@@ -169,7 +170,7 @@ def choose(runs: list[dict]) -> dict:
 
 
 # ---- The report ------------------------------------------------------------------------------------------------------
-FIGURES = ("gold", "win_rate", "lc_win_rate", "length", "kl", "score", "seconds")
+FIGURES = ("gold", "win_rate", "lc_win_rate", "length", "kl", "score", "seconds", "peak_gib")
 
 
 def table(runs: list[dict], chosen: dict) -> str:

@@ -80,6 +80,7 @@ class Jobs:
     def __init__(self, **environment):
         self.environment = os.environ | environment
         self.running, self.stopped = set(), False
+        self.peak_gib = {}  # log file -> largest resident memory of the command that wrote it
         for number in (signal.SIGINT, signal.SIGTERM):  # a shell starts background jobs with SIGINT ignored
             signal.signal(number, signal.default_int_handler)
 
@@ -96,7 +97,9 @@ class Jobs:
         with open(log, "a") as file, started(command, signal.SIGTERM, stdout=file, **options) as process:
             self.running.add(process)
             try:
-                code = process.wait()
+                _, status, usage = os.wait4(process.pid, 0)
+                code = process.returncode = os.waitstatus_to_exitcode(status)
+                self.peak_gib[log] = usage.ru_maxrss / 2**20
             except KeyboardInterrupt:  # only in the main thread
                 self.stop()
                 process.wait()
