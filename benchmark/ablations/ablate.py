@@ -3,7 +3,7 @@ What is each implementation detail worth? Every diff in this folder against the 
 
     python benchmark/ablations/ablate.py                          # all diffs, 16 seeds: a night and more on two cores
     python benchmark/ablations/ablate.py --only no_kl dropout     # some; the report is of all that have been run
-    python benchmark/ablations/ablate.py --only baseline --world_seed 4     # the unchanged scripts in another world
+    python benchmark/ablations/ablate.py --only baseline --world_seed 2     # the unchanged scripts in another world
     python benchmark/ablations/ablate.py --smoke --seeds 1        # a small world, two updates of PPO
 
 A diff is applied to a copy of sft.py, reward.py and ppo.py, and the copy is run with the world, seeds and flags of the
@@ -65,7 +65,7 @@ STAGES = ("sft", "reward", "ppo")
 class Args:
     seeds: tuple[int, ...] = tuple(range(1, 17))  # of the runs; an ablation is compared with the baseline seed by seed
     only: tuple[str, ...] = ()  # names of the ablations to run (their baselines are run as well); default: all
-    world_seed: int = 3  # seed of the tiny world
+    world_seed: int = 1  # seed of the tiny world
     jobs: int = 2  # runs side by side, one thread each; runs of two processes are made one at a time
     work_dir: Path = Path("runs/ablations")  # folder for the worlds and the runs
     out: Optional[Path] = None

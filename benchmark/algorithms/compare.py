@@ -70,7 +70,7 @@ NAMES |= {f"best_of_{n}": f"best of {n}" for n in NS[1:]}
 class Args:
     seeds: tuple[int, ...] = tuple(range(1, 17))  # of the runs on test posts
     choose_seeds: tuple[int, ...] = (101, 102)  # of the runs on validation posts
-    world_seed: int = 3  # seed of the tiny world
+    world_seed: int = 1  # seed of the tiny world
     jobs: int = 2  # runs side by side, one thread each
     work_dir: Path = Path("runs/ablations")  # folder for the worlds and the runs
     out: Optional[Path] = None
