@@ -41,7 +41,6 @@ import re
 import shutil
 import sys
 import time
-from bisect import bisect_right
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,7 +61,7 @@ from accelerate import Accelerator, DistributedType, PartialState, load_checkpoi
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from datasets import load_dataset, load_from_disk
 from filelock import FileLock
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import snapshot_download
 from pyarrow.parquet import ParquetFile
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -117,18 +116,16 @@ class Args:
     max_eval_rows: Optional[int] = None  # evaluate on the first this many usable rows of the split; default: all
     local_eval_batch_size: int = 16  # rows per evaluation batch and process
     eval_temperature: float = 0.01  # sampling temperature of the evaluation
-    # ---- Tracking and sharing ----
+    # ---- Tracking ----
     track: bool = False  # also log to Weights & Biases (WANDB_MODE=offline works)
     wandb_project_name: str = "tldr_summarize"  # project of the tracked run
     wandb_entity: Optional[str] = None  # team or user that owns the tracked run; default: yours
-    push_to_hub: bool = False  # upload the model folder, args.json and metrics.jsonl to the Hugging Face hub at the end
-    hf_repo_id: Optional[str] = None  # repository (user/name) for --push_to_hub
 
 
 # Flags that --resume may change. Those that change the shapes of batches change rounding, and sampling.
 MAY_CHANGE = """exp_name output_dir resume save_every keep offload local_micro_batch_size gradient_accumulation_steps
     local_rollout_forward_batch_size gradient_checkpointing run_eval eval_split max_eval_rows local_eval_batch_size
-    eval_temperature track wandb_project_name wandb_entity push_to_hub hf_repo_id""".split()
+    eval_temperature track wandb_project_name wandb_entity""".split()
 INVALID_LOGPROB = 1.0  # filler after the end of a response: no logprob is positive; in KL and ratio, fillers cancel
 
 
@@ -215,6 +212,9 @@ def rollout(args, accelerator: Accelerator, nets: Networks, query_tokens: list, 
     for name in scored[0]:
         batch[name] = accelerator.gather(torch.cat([part[name] for part in scored]))[order]
 
+    # Detail V (values before truncation): the published code reads the values of the sequence as sampled. The model is
+    # causal and the last value used is that at EOS, so the values of the truncated sequence are the same.
+    batch["values"] = batch["values"].masked_fill(~batch["valid_p1"], 0.0)
     eos = nets.tokenizer.eos_token_id
     batch["scores"] = penalize_missing_eos(batch["rm_scores"], batch["responses"], eos, args.missing_eos_penalty)
     return batch
@@ -230,7 +230,8 @@ def sample_responses(args, accelerator, policy, tokenizer, query_tokens: list, t
         # vocabulary, which takes a CPU 40% of its sampling time.
         cdf = torch.softmax(logits / (temperature + 1e-7), dim=-1).double().cumsum(-1)  # (B, V)
         uniform = torch.rand(len(cdf), 1, dtype=torch.double, device=cdf.device) * cdf[:, -1:]  # (B, 1)
-        return torch.zeros_like(logits).scatter(1, torch.searchsorted(cdf, uniform, right=True), 1.0)
+        tokens = torch.searchsorted(cdf, uniform, right=True).clamp(max=cdf.shape[1] - 1)  # (B, 1), in range if NaN too
+        return torch.zeros_like(logits).scatter(1, tokens, 1.0)
 
     config = GenerationConfig(  # what is not stated here, `generate` takes from the model's own generation config
         do_sample=False,  # take the largest entry, which `sample` sets: no top-k, no top-p
@@ -257,25 +258,21 @@ def sample_responses(args, accelerator, policy, tokenizer, query_tokens: list, t
 
 def response_masks(responses: torch.Tensor, pad_token_id: int) -> dict:
     """
-    For responses (B, R) with [PAD] after their EOS: sequence_lengths (B,), the INDEX of the last token; padding_mask
-    (B, R), True after the last token; padding_mask_p1 (B, R), True from the second position after it.
+    For responses (B, R) with [PAD] after their EOS, two masks (B, R): valid, True at their tokens; valid_p1, True at
+    the position after the last token too, which is EOS + 1 (Detail R).
 
-    >>> response_masks(torch.tensor([[5, 0, 9, 9]]), pad_token_id=9)["padding_mask_p1"]   # a token, EOS (0), padding
-    tensor([[False, False, False,  True]])
+    >>> response_masks(torch.tensor([[5, 0, 9, 9]]), pad_token_id=9)   # a token, EOS (0), padding
+    {'valid': tensor([[ True,  True, False, False]]), 'valid_p1': tensor([[ True,  True,  True, False]])}
     """
-    sequence_lengths = (responses != pad_token_id).sum(1) - 1  # (B,)
-    index = torch.arange(responses.shape[1], device=responses.device)  # (R,)
-    padding_mask = index > sequence_lengths[:, None]
-    padding_mask_p1 = index > sequence_lengths[:, None] + 1
-    return dict(sequence_lengths=sequence_lengths, padding_mask=padding_mask, padding_mask_p1=padding_mask_p1)
+    valid = responses != pad_token_id
+    return dict(valid=valid, valid_p1=F.pad(valid, (1, 0), value=True)[:, :-1])
 
 
 @torch.no_grad()
 def forward_all(accelerator: Accelerator, nets: Networks, queries, responses, temperature: float) -> dict:
     """
     What all networks say of queries (B, Q) and responses (B, R):
-    logprobs, ref_logprobs (B, R), INVALID_LOGPROB after the end; rm_scores (B,);
-    values (B, R), 0 from the second position after the last token on.
+    logprobs, ref_logprobs (B, R), INVALID_LOGPROB after the end; values (B, R); rm_scores (B,).
     """
     pad = nets.tokenizer.pad_token_id
     token_ids, positions = join_rows(queries, responses, pad)  # (B, T), (B, R)
@@ -285,9 +282,6 @@ def forward_all(accelerator: Accelerator, nets: Networks, queries, responses, te
         logprobs, _, values = accelerator.unwrap_model(nets.model)(queries, responses, temperature)
         ref_logprobs, _ = response_logprobs(nets.ref_policy, token_ids, positions, responses, pad, temperature)
         rm_scores = nets.reward_model(token_ids, last_token_idx(token_ids, pad)).squeeze(1)
-    # Detail V (values before truncation): the published code reads the values of the sequence as sampled. The model is
-    # causal and the last value used is that at EOS, so the values of the truncated sequence are the same.
-    values = values.masked_fill(response_masks(responses, pad)["padding_mask_p1"], 0.0)
     return dict(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, rm_scores=rm_scores)
 
 
@@ -350,12 +344,12 @@ def penalize_missing_eos(rm_scores: torch.Tensor, responses: torch.Tensor, eos_t
 # ---- The algorithm: rewards and advantages ---------------------------------------------------------------------------
 def compute_advantages(args, batch: dict) -> dict:
     """From the rollout batch: kl, rewards, advantages and returns, (B, R) each."""
-    valid = ~batch["padding_mask"]
-    valid_p1 = ~batch["padding_mask_p1"]
+    valid = batch["valid"]
+    valid_p1 = batch["valid_p1"]
     # Detail K (k1 estimator): the log-ratio of the sampled tokens, which is unbiased and can be negative for a sample.
     # After the end both logprobs are the same filler, so it is 0.
     kl = batch["logprobs"] - batch["ref_logprobs"]  # (B, R)
-    rewards = place_rewards(kl, batch["scores"], batch["sequence_lengths"], args.kl_coef)
+    rewards = place_rewards(kl, batch["scores"], valid.sum(1), args.kl_coef)
     # Detail 24 (reward whitening): optional, off in the released runs. The mean is not shifted, since its sign matters.
     if args.whiten_rewards:
         rewards = whiten(rewards, valid_p1, shift_mean=False).masked_fill(~valid_p1, 0.0)
@@ -366,21 +360,20 @@ def compute_advantages(args, batch: dict) -> dict:
     return dict(kl=kl, rewards=rewards, advantages=advantages, returns=returns)
 
 
-def place_rewards(kl: torch.Tensor, scores: torch.Tensor, sequence_lengths: torch.Tensor, kl_coef: float):
+def place_rewards(kl: torch.Tensor, scores: torch.Tensor, lengths: torch.Tensor, kl_coef: float):
     """
     Rewards (B, R): the KL penalty at every token, plus the score at the end. kl (B, R), 0 after the end; scores (B,);
-    sequence_lengths (B,), the index of the last token.
+    lengths (B,), tokens of the response.
 
-    >>> place_rewards(torch.tensor([[2.0, 2.0, 0.0]]), torch.tensor([10.0]), torch.tensor([1]), kl_coef=0.5)
+    >>> place_rewards(torch.tensor([[2.0, 2.0, 0.0]]), torch.tensor([10.0]), torch.tensor([2]), kl_coef=0.5)
     tensor([[-1., -1., 10.]])
     """
     rewards = -kl_coef * kl  # (B, R)
     # Detail R (reward at EOS + 1): the score is added one AFTER EOS if there is room, else at the last token. The value
     # there is the value model's output at EOS. It is initialised from the reward model, whose output at EOS is that
-    # very score: its first error is 0, unless EOS is missing. So this value is not masked (padding_mask_p1); the policy
-    # loss ends at EOS.
-    after_end = sequence_lengths + 1
-    end = torch.where(after_end < rewards.shape[1], after_end, sequence_lengths)  # (B,)
+    # very score: its first error is 0, unless EOS is missing. So this value counts (valid_p1); the policy loss ends at
+    # EOS.
+    end = lengths.clamp(max=rewards.shape[1] - 1)  # (B,)
     rewards[torch.arange(len(rewards), device=rewards.device), end] += scores
     return rewards
 
@@ -420,8 +413,8 @@ def ppo_update(args, accelerator: Accelerator, model, optimizer, batch: dict, up
         for minibatch in draw_minibatches(args, batch, update, epoch):
             # Counted over the WHOLE minibatch, on all processes: so the gradient is the same however the minibatch is
             # cut into micro-batches and processes.
-            num_tokens = (~batch["padding_mask"][minibatch]).sum()
-            num_values = (~batch["padding_mask_p1"][minibatch]).sum()
+            num_tokens = batch["valid"][minibatch].sum()
+            num_values = batch["valid_p1"][minibatch].sum()
             sums = defaultdict(float)
             for rows in micro_batches(args, accelerator, minibatch, batch["row_lengths"]):
                 micro_batch = {name: value[rows] for name, value in batch.items()}
@@ -452,7 +445,7 @@ def draw_minibatches(args, batch: dict, update: int, epoch: int) -> list[np.ndar
     """The row numbers of the minibatches of one epoch over the global batch, the same on every process."""
     # Detail L (minibatches): drawn anew in every epoch. Sorted, so that a minibatch is cut into the same micro-batches
     # whatever the order in which its rows were drawn.
-    permutation = np.random.default_rng([args.seed, update, epoch]).permutation(len(batch["responses"]))
+    permutation = np.random.default_rng([args.seed, update, epoch, 1]).permutation(len(batch["responses"]))
     return [np.sort(rows) for rows in np.split(permutation, args.num_mini_batches)]
 
 
@@ -466,8 +459,8 @@ def ppo_loss(args, batch: dict, logprobs, entropy, values, num_tokens, num_value
     are means over the minibatch; ratio_dev is a maximum.
     """
     # Detail W (valid tokens): all sums are over real tokens. Means over padding too would be small for short responses.
-    valid = ~batch["padding_mask"]
-    valid_p1 = ~batch["padding_mask_p1"]
+    valid = batch["valid"]
+    valid_p1 = batch["valid_p1"]
     # Policy loss: a pessimistic bound, the larger of the unclipped and the clipped loss.
     ratio = torch.exp(logprobs - batch["logprobs"])
     pg_losses = -batch["advantages"] * ratio
@@ -700,22 +693,18 @@ def make_query(tokenizer, head: str, body: str, tail: str, max_tokens: int) -> t
     """The query and its ids, the body cut to fit in `max_tokens` tokens; "" if even an empty body does not fit."""
     # Detail 2 (query truncation): cut the post at its last newline, again and again; if there is none, drop one
     # character at a time. Never a hard cut of tokens: it would lose the "TL;DR:" that asks for the summary.
-    token_ids = encode(tokenizer, head + body + tail)
-    if len(token_ids) <= max_tokens:
-        return head + body + tail, token_ids
-    newlines = [match.start() for match in re.finditer("\n", body)] + [len(body)]
-    lengths = [*range(newlines[0]), *newlines]  # of all bodies that this rule tries, ascending
-
-    def num_tokens(length: int) -> int:
-        return len(encode(tokenizer, head + body[:length] + tail))
-
-    # By bisection, and then in the next few: a whole word can have fewer tokens than its beginning.
-    fitting = bisect_right(lengths, max_tokens, key=num_tokens)
-    for i in range(fitting, min(fitting + 50, len(lengths))):
-        if num_tokens(lengths[i]) <= max_tokens:
-            fitting = i + 1
-    query = head + body[: lengths[fitting - 1]] + tail if fitting else ""
-    return query, encode(tokenizer, query)
+    while True:
+        query = head + body + tail
+        token_ids = encode(tokenizer, query)
+        excess = len(token_ids) - max_tokens
+        if excess <= 0:
+            return query, token_ids
+        if not body:
+            return "", []
+        # A character is at most four tokens (UTF-8), so no shorter cut than this can fit.
+        end = len(body) - max(1, excess // 4)
+        newline = body.rfind("\n", 0, end + 1)
+        body = body[: end if newline < 0 else newline]
 
 
 def is_text(value) -> bool:
@@ -814,12 +803,12 @@ def rollout_metrics(args, batch: dict, eos_token_id: int) -> dict:
     ended = (batch["responses"] == eos_token_id).any(1)  # (B,)
     metrics = {
         "objective/kl": kl.mean(),
-        "objective/entropy": -batch["logprobs"].masked_fill(batch["padding_mask"], 0.0).sum(1).mean(),
+        "objective/entropy": -batch["logprobs"].masked_fill(~batch["valid"], 0.0).sum(1).mean(),
         "objective/non_score_reward": -args.kl_coef * kl.mean(),
         "objective/scores": batch["scores"].mean(),
         "objective/rlhf_reward": (batch["scores"] - args.kl_coef * kl).mean(),
         "objective/rm_scores": batch["rm_scores"].mean(),
-        "objective/response_length": (batch["sequence_lengths"] + 1).float().mean(),
+        "objective/response_length": batch["valid"].sum(1).float().mean(),
         "val/num_eos_tokens": ended.sum(),
         "val/eos_share": ended.float().mean(),
     }
@@ -831,7 +820,6 @@ def evaluate(args, accelerator: Accelerator, nets: Networks, posts: list[dict]) 
     """Sample and score a response to every post of the split; write samples_<split>.csv; return the means."""
     posts = posts[: args.max_eval_rows]
     rank = accelerator.process_index
-    n = accelerator.num_processes
     size = args.local_eval_batch_size
     pad = nets.tokenizer.pad_token_id
     eos = nets.tokenizer.eos_token_id
@@ -839,9 +827,10 @@ def evaluate(args, accelerator: Accelerator, nets: Networks, posts: list[dict]) 
     policy = accelerator.unwrap_model(nets.model).policy
     seed_everything(args.seed, rank, update=0)
     move_frozen(args, accelerator, nets, accelerator.device)
-    # Process i takes posts i, i + n, ... An offloaded model needs all processes in every pass, so all take equally
-    # many; what some take twice is not counted.
-    mine = [posts[i % len(posts)] for i in range(rank, math.ceil(len(posts) / n) * n, n)]
+    # An offloaded model needs all processes in every pass, so all take equally many posts. What comes twice is not
+    # counted.
+    share = math.ceil(len(posts) / accelerator.num_processes)
+    mine = [posts[i % len(posts)] for i in range(rank * share, (rank + 1) * share)]
     samples = []
     for start in tqdm(range(0, len(mine), size), desc="evaluation", disable=rank > 0):
         part = mine[start : start + size]
@@ -863,11 +852,9 @@ def evaluate(args, accelerator: Accelerator, nets: Networks, posts: list[dict]) 
         for i, post in enumerate(part):
             numbers = {name: column[i].item() for name, column in columns.items()}
             samples.append(post | numbers | {"response": texts[i].strip(), "reference": post["reference"].strip()})
-    parts = gather_object([samples])
+    samples = pd.DataFrame(gather_object(samples)[: len(posts)])
     if rank > 0:
         return {}
-    samples = [parts[i % n][i // n] for i in range(len(posts))]  # in the order of the split again
-    samples = pd.DataFrame(samples)
     table = samples[["id", "query", "response", "reference", "score", "reference_score"]]
     csv_text = table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC)  # an unquoted "\r" in a text would end its row
     write_text(f"{args.output_dir}/samples_{args.eval_split}.csv", csv_text)
@@ -923,8 +910,6 @@ def check_flags(args, may_be_zero: str, any_number: str = ""):
             least = 0 if name in may_be_zero.split() else 1e-30
             if not least <= value < 2**32:
                 fail(f"--{name} {value}: must be {'at least' if least == 0 else 'above'} 0 and below 2**32")
-    if args.push_to_hub and (not args.hf_repo_id or args.total_episodes == 0):
-        fail("--push_to_hub needs --hf_repo_id, the repository (user/name) to upload to, and a model that is trained")
 
 
 def start_accelerator(args) -> Accelerator:
@@ -939,15 +924,16 @@ def start_accelerator(args) -> Accelerator:
     steps = args.gradient_accumulation_steps
     os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(steps)  # a launcher's would count for more
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if args.bf16 else "no"
+    timeout = timedelta(hours=2)  # of processes that wait for each other: for slow disks and hubs
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available():
-        PartialState(cpu=True)  # makes gloo the backend
+        PartialState(cpu=True, timeout=timeout)  # makes gloo the backend
         if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
             import deepspeed
 
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled for minutes
-    timeout = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # for slow disks and hubs
+    group = InitProcessGroupKwargs(timeout=timeout)
     with explain("accelerate cannot start with the launcher's configuration"):
-        accelerator = Accelerator(log_with="wandb" if args.track else None, kwargs_handlers=[timeout])
+        accelerator = Accelerator(log_with="wandb" if args.track else None, kwargs_handlers=[group])
     if accelerator.state.deepspeed_plugin is not None:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         if config["zero_optimization"]["stage"] not in (1, 2) or "optimizer" in config:
@@ -1079,20 +1065,11 @@ def save_model(model, tokenizer, padding_side: str, output_dir: str):
 
 
 def finish_run(args, accelerator: Accelerator, summary: dict):
-    """Write and print summary.json; with --push_to_hub, upload the model with a card, args.json and metrics.jsonl."""
-    folder = f"{args.output_dir}/model"
+    """Write and print summary.json, and end the tracker."""
     if accelerator.is_main_process:
         text = json.dumps(summary, indent=2)
         write_text(f"{args.output_dir}/summary.json", text + "\n")
         print(f"{args.exp_name}: results, also in {args.output_dir}/summary.json\n{text}")
-    if args.push_to_hub and accelerator.is_main_process:
-        card = f"---\nlibrary_name: transformers\n---\n{__doc__.splitlines()[1]}\n\n```json\n{text}\n```\n"
-        with explain(f"--push_to_hub: failed; later: hf upload {args.hf_repo_id} {folder} ."):
-            Path(f"{folder}/README.md").write_text(card)
-            HfApi().create_repo(args.hf_repo_id, exist_ok=True)
-            HfApi().upload_folder(repo_id=args.hf_repo_id, folder_path=folder)
-            files = ["args.json", "metrics.jsonl"]
-            HfApi().upload_folder(repo_id=args.hf_repo_id, folder_path=args.output_dir, allow_patterns=files)
     accelerator.end_training()
 
 

@@ -10,8 +10,8 @@ How to run
     python reward.py --sft_model_path FOLDER --label_dataset FOLDER --query_dataset FOLDER     # local folders
     python reward.py --reward_model_path FOLDER --total_episodes 0 --run_eval --output_dir NEW   # only evaluate
 It writes, in --output_dir: model/ (a sequence classifier with one label), metrics.jsonl, args.json, summary.json,
-checkpoints/ and, with --run_eval, pairs_<split>.csv, eval_<split>.json and eval_<split>.png. The same command with
---resume continues after an interruption.
+checkpoints/ and, with --run_eval, pairs_<split>.csv and eval_<split>.json. The same command with --resume continues
+after an interruption.
 
 Deliberate differences from the code of the paper (arXiv 2403.17031); the README has the complete list
     1. The model is saved in the form of transformers' sequence classifiers, whose head has no bias. So the
@@ -37,7 +37,6 @@ import re
 import shutil
 import sys
 import time
-from bisect import bisect_right
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,8 +58,7 @@ from accelerate import Accelerator, PartialState, load_checkpoint_in_model
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from datasets import get_dataset_split_names, load_dataset, load_from_disk
 from filelock import FileLock
-from huggingface_hub import HfApi, snapshot_download
-from matplotlib.figure import Figure
+from huggingface_hub import snapshot_download
 from pyarrow.parquet import ParquetFile
 from scipy.stats import binomtest
 from torch.nn.utils.rnn import pad_sequence
@@ -106,18 +104,16 @@ class Args:
     eval_split: Literal["validation", "test"] = "validation"
     max_eval_rows: Optional[int] = None  # evaluate on the first this many pairs, and posts; default: all
     local_eval_batch_size: int = 16  # rows per evaluation batch and process
-    # ---- Tracking and sharing ----
+    # ---- Tracking ----
     track: bool = False  # also log to Weights & Biases (WANDB_MODE=offline works)
     wandb_project_name: str = "tldr_summarize"  # project of the tracked run
     wandb_entity: Optional[str] = None  # team or user that owns the tracked run; default: yours
-    push_to_hub: bool = False  # upload the model folder, args.json and metrics.jsonl to the Hugging Face hub at the end
-    hf_repo_id: Optional[str] = None  # repository (user/name) for --push_to_hub
 
 
 # Flags that --resume may change. Those that change the shapes of batches change rounding, and sampling.
 MAY_CHANGE = """exp_name output_dir resume save_every keep local_micro_batch_size gradient_accumulation_steps
-    gradient_checkpointing run_eval eval_split max_eval_rows local_eval_batch_size track wandb_project_name wandb_entity
-    push_to_hub hf_repo_id""".split()
+    gradient_checkpointing run_eval eval_split max_eval_rows local_eval_batch_size track
+    wandb_project_name wandb_entity""".split()
 CNNDM_BATCHES = ("batch0_cnndm", "cnndm0", "cnndm2")  # the comparisons of news articles among OpenAI's
 MARGIN_EDGES = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, math.inf)  # of the calibration table
 
@@ -229,8 +225,8 @@ def normalize(args, accelerator: Accelerator, model: RewardModel, pad_token_id: 
 def raw_scores(args, accelerator: Accelerator, model, pad_token_id: int, tokens: list, side="right") -> np.ndarray:
     """The model's outputs, without offset, for rows of token ids, in their order, on every process: (rows,) float64."""
     rank = accelerator.process_index
-    n = accelerator.num_processes
-    mine = tokens[rank::n]  # process i scores rows i, i + n, ...: every row is scored once
+    share = math.ceil(len(tokens) / accelerator.num_processes)
+    mine = tokens[rank * share : (rank + 1) * share]
     order = np.argsort([-len(ids) for ids in mine], kind="stable")  # similar lengths together
     scores = np.zeros(len(mine))
     model.eval()
@@ -239,8 +235,7 @@ def raw_scores(args, accelerator: Accelerator, model, pad_token_id: int, tokens:
         token_ids = pad_rows([mine[i] for i in rows], pad_token_id, side, accelerator.device)  # (B, T)
         with accelerator.autocast():
             scores[rows] = model(token_ids).cpu().numpy()
-    parts = gather_object([scores])
-    return np.array([parts[i % n][i // n] for i in range(len(tokens))])
+    return np.concatenate(gather_object([scores]))
 
 
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
@@ -261,7 +256,7 @@ def accuracy_rows(margins: pd.Series, groups: pd.Series) -> list[dict]:
 
 
 def evaluate(args, accelerator: Accelerator, model: RewardModel, pad_token_id: int, pairs, cnndm, posts) -> dict:
-    """Everything that is measured of a reward model; writes the tables and the picture, returns the main figures."""
+    """Everything that is measured of a reward model; writes the tables, returns the main figures."""
     offset = model.classifier.config.normalization_offset
     tables = []
     for rows in (pairs[: args.max_eval_rows], cnndm[: args.max_eval_rows]):
@@ -289,9 +284,7 @@ def evaluate(args, accelerator: Accelerator, model: RewardModel, pad_token_id: i
     for title, rows in report.items():
         if rows:
             print(f"\n{title}\n{pd.DataFrame(rows).to_string(index=False, float_format='{:.3f}'.format)}")
-    stem = f"{args.output_dir}/eval_{args.eval_split}"
-    draw_evaluation(report["calibration"], raw, offset, f"{args.exp_name}, seed {args.seed}, {args.eval_split}", stem)
-    write_text(f"{stem}.json", json.dumps(report, indent=2) + "\n")
+    write_text(f"{args.output_dir}/eval_{args.eval_split}.json", json.dumps(report, indent=2) + "\n")
     csv_text = table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC)  # an unquoted "\r" in a text would end its row
     write_text(f"{args.output_dir}/pairs_{args.eval_split}.csv", csv_text)
     [total] = accuracy_rows(table.margin, pd.Series("all", table.index))
@@ -303,33 +296,6 @@ def evaluate(args, accelerator: Accelerator, model: RewardModel, pad_token_id: i
     results |= {"eval/reference_mean": float(raw.mean() - offset), "eval/reference_std": float(raw.std())}
     results |= {"eval/left_padding_mean": float(shift.mean()), "eval/left_padding_max": float(np.abs(shift).max())}
     return results
-
-
-def draw_evaluation(calibration: list[dict], raw: np.ndarray, offset: float, title: str, stem: str):
-    """The picture of the evaluation: accuracy by margin, and the scores of reference summaries."""
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    margins, accuracy, low, high = [
-        np.array([row[name] for row in calibration]) for name in ("margin", "accuracy", "low", "high")
-    ]
-    errors = np.maximum(0, [accuracy - low, high - accuracy])
-    label = f"measured, 95% interval ({sum(row['n'] for row in calibration):,} pairs)"
-    left.errorbar(margins, accuracy, yerr=errors, fmt="o", capsize=3, label=label)
-    line = np.linspace(0, max(1.0, margins.max() * 1.05), 100)
-    left.plot(line, 1 / (1 + np.exp(-line)), "--", color="grey", label="perfectly calibrated: sigmoid(margin)")
-    left.set(xlabel="|score difference| (mean of the bin, nats)", ylabel="share of pairs where the human agrees")
-    left.set(title="Calibration", ylim=(0, 1.03))
-    left.legend(loc="lower right", fontsize=8)
-    bins = np.linspace(min(raw.min(), raw.min() - offset), max(raw.max(), raw.max() - offset), 50)
-    right.hist(raw, bins, alpha=0.5, label=f"before normalisation (mean {raw.mean():.3f})")
-    right.hist(raw - offset, bins, alpha=0.5, label=f"after (mean {raw.mean() - offset:.3f})")
-    right.axvline(0, color="black", linewidth=0.8)
-    right.set(xlabel="score", ylabel="reference summaries", title=f"Scores of {len(raw):,} reference summaries")
-    right.set_ylim(0, right.get_ylim()[1] * 1.2)  # room for the legend
-    right.legend(fontsize=8, loc="upper left")
-    figure.suptitle(title, parse_math=False)
-    with atomic(f"{stem}.png") as temporary:
-        figure.savefig(temporary, format="png", dpi=130)
 
 
 # ---- Model -----------------------------------------------------------------------------------------------------------
@@ -459,22 +425,18 @@ def make_query(tokenizer, head: str, body: str, tail: str, max_tokens: int) -> t
     """The query and its ids, the body cut to fit in `max_tokens` tokens; "" if even an empty body does not fit."""
     # Detail 2 (query truncation): cut the post at its last newline, again and again; if there is none, drop one
     # character at a time. Never a hard cut of tokens: it would lose the "TL;DR:" that asks for the summary.
-    token_ids = encode(tokenizer, head + body + tail)
-    if len(token_ids) <= max_tokens:
-        return head + body + tail, token_ids
-    newlines = [match.start() for match in re.finditer("\n", body)] + [len(body)]
-    lengths = [*range(newlines[0]), *newlines]  # of all bodies that this rule tries, ascending
-
-    def num_tokens(length: int) -> int:
-        return len(encode(tokenizer, head + body[:length] + tail))
-
-    # By bisection, and then in the next few: a whole word can have fewer tokens than its beginning.
-    fitting = bisect_right(lengths, max_tokens, key=num_tokens)
-    for i in range(fitting, min(fitting + 50, len(lengths))):
-        if num_tokens(lengths[i]) <= max_tokens:
-            fitting = i + 1
-    query = head + body[: lengths[fitting - 1]] + tail if fitting else ""
-    return query, encode(tokenizer, query)
+    while True:
+        query = head + body + tail
+        token_ids = encode(tokenizer, query)
+        excess = len(token_ids) - max_tokens
+        if excess <= 0:
+            return query, token_ids
+        if not body:
+            return "", []
+        # A character is at most four tokens (UTF-8), so no shorter cut than this can fit.
+        end = len(body) - max(1, excess // 4)
+        newline = body.rfind("\n", 0, end + 1)
+        body = body[: end if newline < 0 else newline]
 
 
 def is_text(value) -> bool:
@@ -709,8 +671,6 @@ def check_flags(args, may_be_zero: str, any_number: str = ""):
             least = 0 if name in may_be_zero.split() else 1e-30
             if not least <= value < 2**32:
                 fail(f"--{name} {value}: must be {'at least' if least == 0 else 'above'} 0 and below 2**32")
-    if args.push_to_hub and (not args.hf_repo_id or args.total_episodes == 0):
-        fail("--push_to_hub needs --hf_repo_id, the repository (user/name) to upload to, and a model that is trained")
 
 
 def start_accelerator(args) -> Accelerator:
@@ -725,15 +685,16 @@ def start_accelerator(args) -> Accelerator:
     steps = args.gradient_accumulation_steps
     os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(steps)  # a launcher's would count for more
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if args.bf16 else "no"
+    timeout = timedelta(hours=2)  # of processes that wait for each other: for slow disks and hubs
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available():
-        PartialState(cpu=True)  # makes gloo the backend
+        PartialState(cpu=True, timeout=timeout)  # makes gloo the backend
         if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
             import deepspeed
 
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled for minutes
-    timeout = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # for slow disks and hubs
+    group = InitProcessGroupKwargs(timeout=timeout)
     with explain("accelerate cannot start with the launcher's configuration"):
-        accelerator = Accelerator(log_with="wandb" if args.track else None, kwargs_handlers=[timeout])
+        accelerator = Accelerator(log_with="wandb" if args.track else None, kwargs_handlers=[group])
     if accelerator.state.deepspeed_plugin is not None:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         if config["zero_optimization"]["stage"] not in (1, 2) or "optimizer" in config:
@@ -865,20 +826,11 @@ def save_model(model, tokenizer, padding_side: str, output_dir: str):
 
 
 def finish_run(args, accelerator: Accelerator, summary: dict):
-    """Write and print summary.json; with --push_to_hub, upload the model with a card, args.json and metrics.jsonl."""
-    folder = f"{args.output_dir}/model"
+    """Write and print summary.json, and end the tracker."""
     if accelerator.is_main_process:
         text = json.dumps(summary, indent=2)
         write_text(f"{args.output_dir}/summary.json", text + "\n")
         print(f"{args.exp_name}: results, also in {args.output_dir}/summary.json\n{text}")
-    if args.push_to_hub and accelerator.is_main_process:
-        card = f"---\nlibrary_name: transformers\n---\n{__doc__.splitlines()[1]}\n\n```json\n{text}\n```\n"
-        with explain(f"--push_to_hub: failed; later: hf upload {args.hf_repo_id} {folder} ."):
-            Path(f"{folder}/README.md").write_text(card)
-            HfApi().create_repo(args.hf_repo_id, exist_ok=True)
-            HfApi().upload_folder(repo_id=args.hf_repo_id, folder_path=folder)
-            files = ["args.json", "metrics.jsonl"]
-            HfApi().upload_folder(repo_id=args.hf_repo_id, folder_path=args.output_dir, allow_patterns=files)
     accelerator.end_training()
 
 

@@ -36,7 +36,6 @@ import re
 import shutil
 import sys
 import time
-from bisect import bisect_right
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,7 +55,6 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from datasets import load_dataset, load_from_disk
 from filelock import FileLock
-from huggingface_hub import HfApi
 from pyarrow.parquet import ParquetFile
 from rouge_score.rouge_scorer import RougeScorer
 from torch.nn.utils.rnn import pad_sequence
@@ -98,18 +96,16 @@ class Args:
     local_eval_batch_size: int = 16  # rows per evaluation batch and process
     response_length: int = 53  # tokens sampled per response in the evaluation
     eval_temperature: float = 0.01  # sampling temperature of the evaluation
-    # ---- Tracking and sharing ----
+    # ---- Tracking ----
     track: bool = False  # also log to Weights & Biases (WANDB_MODE=offline works)
     wandb_project_name: str = "tldr_summarize"  # project of the tracked run
     wandb_entity: Optional[str] = None  # team or user that owns the tracked run; default: yours
-    push_to_hub: bool = False  # upload the model folder, args.json and metrics.jsonl to the Hugging Face hub at the end
-    hf_repo_id: Optional[str] = None  # repository (user/name) for --push_to_hub
 
 
 # Flags that --resume may change. Those that change the shapes of batches change rounding, and sampling.
 MAY_CHANGE = """exp_name output_dir resume save_every keep local_micro_batch_size gradient_accumulation_steps
     gradient_checkpointing run_eval eval_split max_eval_rows local_eval_batch_size track
-    wandb_project_name wandb_entity push_to_hub hf_repo_id""".split()
+    wandb_project_name wandb_entity""".split()
 
 
 # ---- The algorithm ---------------------------------------------------------------------------------------------------
@@ -197,7 +193,8 @@ def sample_responses(args, accelerator, policy, tokenizer, query_tokens: list, t
         # vocabulary, which takes a CPU 40% of its sampling time.
         cdf = torch.softmax(logits / (temperature + 1e-7), dim=-1).double().cumsum(-1)  # (B, V)
         uniform = torch.rand(len(cdf), 1, dtype=torch.double, device=cdf.device) * cdf[:, -1:]  # (B, 1)
-        return torch.zeros_like(logits).scatter(1, torch.searchsorted(cdf, uniform, right=True), 1.0)
+        tokens = torch.searchsorted(cdf, uniform, right=True).clamp(max=cdf.shape[1] - 1)  # (B, 1), in range if NaN too
+        return torch.zeros_like(logits).scatter(1, tokens, 1.0)
 
     config = GenerationConfig(  # what is not stated here, `generate` takes from the model's own generation config
         do_sample=False,  # take the largest entry, which `sample` sets: no top-k, no top-p
@@ -227,8 +224,8 @@ def evaluate(args, accelerator: Accelerator, model, tokenizer, posts: list[dict]
     """Loss and ROUGE-1/2/L (F-measure) against the references of the split; write samples_<split>.csv."""
     posts = posts[: args.max_eval_rows]
     rank = accelerator.process_index
-    n = accelerator.num_processes
-    mine = posts[rank::n]  # process i takes posts i, i + n, ...: every post is counted once
+    share = math.ceil(len(posts) / accelerator.num_processes)
+    mine = posts[rank * share : (rank + 1) * share]
     size = args.local_eval_batch_size
     pad = tokenizer.pad_token_id
     seed_everything(args.seed, rank, update=0)
@@ -247,10 +244,9 @@ def evaluate(args, accelerator: Accelerator, model, tokenizer, posts: list[dict]
             sample = {"response": text.strip(), "reference": post["reference"].strip(), "response_length": length}
             samples.append(post | sample)
     loss_sums = gather_object([loss_sum])
-    parts = gather_object([samples])
+    samples = gather_object(samples)
     if rank > 0:
         return {}
-    samples = [parts[i % n][i // n] for i in range(len(posts))]  # in the order of the split again
     table = pd.DataFrame(samples)[["id", "query", "response", "reference"]]
     csv_text = table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC)  # an unquoted "\r" in a text would end its row
     write_text(f"{args.output_dir}/samples_{args.eval_split}.csv", csv_text)
@@ -391,22 +387,18 @@ def make_query(tokenizer, head: str, body: str, tail: str, max_tokens: int) -> t
     """The query and its ids, the body cut to fit in `max_tokens` tokens; "" if even an empty body does not fit."""
     # Detail 2 (query truncation): cut the post at its last newline, again and again; if there is none, drop one
     # character at a time. Never a hard cut of tokens: it would lose the "TL;DR:" that asks for the summary.
-    token_ids = encode(tokenizer, head + body + tail)
-    if len(token_ids) <= max_tokens:
-        return head + body + tail, token_ids
-    newlines = [match.start() for match in re.finditer("\n", body)] + [len(body)]
-    lengths = [*range(newlines[0]), *newlines]  # of all bodies that this rule tries, ascending
-
-    def num_tokens(length: int) -> int:
-        return len(encode(tokenizer, head + body[:length] + tail))
-
-    # By bisection, and then in the next few: a whole word can have fewer tokens than its beginning.
-    fitting = bisect_right(lengths, max_tokens, key=num_tokens)
-    for i in range(fitting, min(fitting + 50, len(lengths))):
-        if num_tokens(lengths[i]) <= max_tokens:
-            fitting = i + 1
-    query = head + body[: lengths[fitting - 1]] + tail if fitting else ""
-    return query, encode(tokenizer, query)
+    while True:
+        query = head + body + tail
+        token_ids = encode(tokenizer, query)
+        excess = len(token_ids) - max_tokens
+        if excess <= 0:
+            return query, token_ids
+        if not body:
+            return "", []
+        # A character is at most four tokens (UTF-8), so no shorter cut than this can fit.
+        end = len(body) - max(1, excess // 4)
+        newline = body.rfind("\n", 0, end + 1)
+        body = body[: end if newline < 0 else newline]
 
 
 def is_text(value) -> bool:
@@ -546,8 +538,6 @@ def check_flags(args, may_be_zero: str, any_number: str = ""):
             least = 0 if name in may_be_zero.split() else 1e-30
             if not least <= value < 2**32:
                 fail(f"--{name} {value}: must be {'at least' if least == 0 else 'above'} 0 and below 2**32")
-    if args.push_to_hub and (not args.hf_repo_id or args.total_episodes == 0):
-        fail("--push_to_hub needs --hf_repo_id, the repository (user/name) to upload to, and a model that is trained")
 
 
 def start_accelerator(args) -> Accelerator:
@@ -562,15 +552,16 @@ def start_accelerator(args) -> Accelerator:
     steps = args.gradient_accumulation_steps
     os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(steps)  # a launcher's would count for more
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if args.bf16 else "no"
+    timeout = timedelta(hours=2)  # of processes that wait for each other: for slow disks and hubs
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available():
-        PartialState(cpu=True)  # makes gloo the backend
+        PartialState(cpu=True, timeout=timeout)  # makes gloo the backend
         if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
             import deepspeed
 
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled for minutes
-    timeout = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # for slow disks and hubs
+    group = InitProcessGroupKwargs(timeout=timeout)
     with explain("accelerate cannot start with the launcher's configuration"):
-        accelerator = Accelerator(log_with="wandb" if args.track else None, kwargs_handlers=[timeout])
+        accelerator = Accelerator(log_with="wandb" if args.track else None, kwargs_handlers=[group])
     if accelerator.state.deepspeed_plugin is not None:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         if config["zero_optimization"]["stage"] not in (1, 2) or "optimizer" in config:
@@ -702,20 +693,11 @@ def save_model(model, tokenizer, padding_side: str, output_dir: str):
 
 
 def finish_run(args, accelerator: Accelerator, summary: dict):
-    """Write and print summary.json; with --push_to_hub, upload the model with a card, args.json and metrics.jsonl."""
-    folder = f"{args.output_dir}/model"
+    """Write and print summary.json, and end the tracker."""
     if accelerator.is_main_process:
         text = json.dumps(summary, indent=2)
         write_text(f"{args.output_dir}/summary.json", text + "\n")
         print(f"{args.exp_name}: results, also in {args.output_dir}/summary.json\n{text}")
-    if args.push_to_hub and accelerator.is_main_process:
-        card = f"---\nlibrary_name: transformers\n---\n{__doc__.splitlines()[1]}\n\n```json\n{text}\n```\n"
-        with explain(f"--push_to_hub: failed; later: hf upload {args.hf_repo_id} {folder} ."):
-            Path(f"{folder}/README.md").write_text(card)
-            HfApi().create_repo(args.hf_repo_id, exist_ok=True)
-            HfApi().upload_folder(repo_id=args.hf_repo_id, folder_path=folder)
-            files = ["args.json", "metrics.jsonl"]
-            HfApi().upload_folder(repo_id=args.hf_repo_id, folder_path=args.output_dir, allow_patterns=files)
     accelerator.end_training()
 
 

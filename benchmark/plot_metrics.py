@@ -6,7 +6,8 @@ The learning curves of any runs side by side, from their metrics.jsonl alone.
 
 A run is an output folder of sft.py, reward.py or ppo.py, or of a copy of one; it may still be running. With
 --mean_over_seeds, runs whose paths differ in the number after "seed" only become one line, the mean, in a band of one
-standard deviation.
+standard deviation. Of reward models that were evaluated, the calibration is shown too: how often people agree, by the
+difference of the scores (detail 19).
 """
 
 import json
@@ -66,11 +67,21 @@ def load(run: Path, smooth: int) -> pd.DataFrame:
     return table.rolling(smooth, min_periods=1).mean()
 
 
-def draw(tables: dict[str, list[pd.DataFrame]]) -> Figure:
-    """One panel per metric, one line per name: the only run of that name, or the mean of several."""
+def calibration(run: Path) -> list[dict]:
+    """The rows of the calibration table of an evaluated reward model, else none."""
+    reports = sorted(run.glob("eval_*.json"))
+    return json.loads(reports[0].read_text(encoding="utf-8")).get("calibration", []) if reports else []
+
+
+def draw(tables: dict[str, list[pd.DataFrame]], reports: dict[str, list[dict]]) -> Figure:
+    """
+    One panel per metric, one line per name: the only run of that name, or the mean of several; and one panel for the
+    calibration tables by run.
+    """
     panels = [name for name in PANELS if any(name in table for runs in tables.values() for table in runs)]
-    columns = min(4, len(panels))
-    rows = -(-len(panels) // columns)
+    number = len(panels) + bool(reports)
+    columns = min(4, number)
+    rows = -(-number // columns)
     figure = Figure(figsize=(4.2 * columns, 3.2 * rows + 0.3 * len(tables)), dpi=110, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis, panel in zip(axes, panels):
@@ -89,8 +100,19 @@ def draw(tables: dict[str, list[pd.DataFrame]]) -> Figure:
         axis.set_xlabel("episodes", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
-    for axis in axes[len(panels) :]:
+    for axis in axes[number:]:
         axis.axis("off")
+    if reports:
+        axis = axes[len(panels)]
+        for i, table in enumerate(map(pd.DataFrame, reports.values())):
+            errors = [(table.accuracy - table.low).clip(lower=0), (table.high - table.accuracy).clip(lower=0)]
+            axis.errorbar(table.margin, table.accuracy, yerr=errors, fmt="o", capsize=3, color=f"C{i % 10}")
+        line = np.linspace(0, max(pd.DataFrame(table).margin.max() for table in reports.values()), 100)
+        axis.plot(line, 1 / (1 + np.exp(-line)), "--", color="grey", label="sigmoid(difference)")
+        axis.set_title("calibration: share of pairs where people agree", fontsize=10)
+        axis.set_xlabel("difference of the scores (95% intervals)", fontsize=8)
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
     lines, labels = axes[0].get_legend_handles_labels()
     figure.legend(lines, [label.replace("$", r"\$") for label in labels], loc="outside lower center", fontsize=9)
     return figure
@@ -101,12 +123,13 @@ def main():
     if not args.runs or args.smooth < 1:
         fail("name at least one run; --smooth is at least 1")
     tables: dict[str, list[pd.DataFrame]] = {}
+    reports = {str(run): calibration(run) for run in args.runs if calibration(run)}
     for run in args.runs:
         name = re.sub(r"(seed[-_]?)\d+", r"\1*", str(run)) if args.mean_over_seeds else str(run)
         tables.setdefault(name, []).append(load(run, args.smooth))
     temporary = args.output.with_name(args.output.name + ".tmp")
     try:
-        draw(tables).savefig(temporary, format="png")
+        draw(tables, reports).savefig(temporary, format="png")
         os.replace(temporary, args.output)
     except OSError as error:
         fail(f"--output {args.output} cannot be written ({error})")

@@ -102,7 +102,8 @@ class Sizes(Harness):
     def measure(self, variant: Variant, seed: int) -> dict:
         result = super().measure(variant, seed)
         sft, reward, ppo = [self.folder(variant, seed, stage) for stage in ("sft", "reward", "ppo")]
-        result["parameters"] = AutoModelForCausalLM.from_pretrained(sft / "model").num_parameters()
+        model = AutoModelForCausalLM.from_pretrained(sft / "model", trust_remote_code=False)
+        result["parameters"] = model.num_parameters()
         updates = [json.loads(line) for line in (ppo / "metrics.jsonl").read_text().splitlines()]
         updates = [update for update in updates if "lr" in update]  # the last line is the evaluation
         for name, key in CURVES.items():

@@ -110,8 +110,8 @@ def test_masks_rewards_gae_and_whitening(whiten_rewards, gamma, lam, width):
     assert {1, width} <= set(lengths)
     batch = {"responses": responses, "scores": normal(24, seed=1)} | ppo.response_masks(responses, PAD)
     for seed, name in enumerate(("logprobs", "ref_logprobs")):
-        batch[name] = normal(24, width, seed=seed).masked_fill(batch["padding_mask"], ppo.INVALID_LOGPROB)
-    batch["values"] = normal(24, width, seed=2).masked_fill(batch["padding_mask_p1"], 0.0)
+        batch[name] = normal(24, width, seed=seed).masked_fill(~batch["valid"], ppo.INVALID_LOGPROB)
+    batch["values"] = normal(24, width, seed=2).masked_fill(~batch["valid_p1"], 0.0)
     args = SimpleNamespace(kl_coef=0.3, gamma=gamma, lam=lam, whiten_rewards=whiten_rewards)
     result = ppo.compute_advantages(args, batch)
     rewards, advantages, returns = slow_advantages(batch, lengths, args, width)
@@ -121,9 +121,8 @@ def test_masks_rewards_gae_and_whitening(whiten_rewards, gamma, lam, width):
         assert_close(result["advantages"][b, :length], advantages[b])
         assert_close(result["kl"][b, :length], (batch["logprobs"] - batch["ref_logprobs"])[b, :length])  # Detail K
         assert not result["advantages"][b, length:].any() and not result["kl"][b, length:].any()
-        assert batch["sequence_lengths"][b] == length - 1  # the index of the last token, EOS or not
-        assert batch["padding_mask"][b].tolist() == [t >= length for t in range(width)]
-        assert batch["padding_mask_p1"][b].tolist() == [t >= length + 1 for t in range(width)]
+        assert batch["valid"][b].tolist() == [t < length for t in range(width)]
+        assert batch["valid_p1"][b].tolist() == [t < length + 1 for t in range(width)]
 
 
 # ---- Losses ----------------------------------------------------------------------------------------------------------
@@ -132,8 +131,8 @@ def slow_loss(args, batch, logprobs, entropy, values, num_tokens, num_values):
     names = ("loss/policy_avg", "policy/approxkl_avg", "policy/clipfrac_avg", "policy/entropy_avg", "val/ratio")
     sums = dict.fromkeys((*names, "ratio_squared", "loss/value_avg", "val/clipfrac_avg"), 0.0)
     gradients = torch.zeros(2, *logprobs.shape, dtype=torch.float64)
-    for b, last in enumerate(batch["sequence_lengths"].tolist()):
-        for t in range(last + 1):
+    for b, length in enumerate(batch["valid"].sum(1).tolist()):
+        for t in range(length):
             log_ratio = (logprobs[b, t] - batch["logprobs"][b, t]).item()
             ratio, advantage = math.exp(log_ratio), batch["advantages"][b, t].item()
             bounded = min(max(ratio, 1 - args.cliprange), 1 + args.cliprange)
@@ -143,7 +142,7 @@ def slow_loss(args, batch, logprobs, entropy, values, num_tokens, num_values):
             for name, x in zip((*names, "ratio_squared"), (*found, ratio**2)):
                 sums[name] += x / num_tokens
             gradients[0, b, t] = 0.0 if is_clipped else -advantage * ratio / num_tokens
-        for t in range(min(last + 2, logprobs.shape[1])):
+        for t in range(min(length + 1, logprobs.shape[1])):
             value, old, target = (x[b, t].item() for x in (values, batch["values"], batch["returns"]))
             near = min(max(value, old - args.cliprange_value), old + args.cliprange_value)
             is_clipped = (near - target) ** 2 > (value - target) ** 2
@@ -159,12 +158,12 @@ def test_ppo_loss_statistics_and_gradient():
     args = SimpleNamespace(cliprange=0.2, cliprange_value=0.3, vf_coef=0.1)
     batch = ppo.response_masks(random_responses(12, 10, seed=3), PAD)
     logprobs, advantages, values, returns = normal(4, 12, 10, seed=4) * 0.5
-    batch["logprobs"] = logprobs.masked_fill(batch["padding_mask"], ppo.INVALID_LOGPROB)
-    batch["advantages"] = advantages.masked_fill(batch["padding_mask"], 0.0)
-    batch |= {"values": values.masked_fill(batch["padding_mask_p1"], 0.0), "returns": returns}
+    batch["logprobs"] = logprobs.masked_fill(~batch["valid"], ppo.INVALID_LOGPROB)
+    batch["advantages"] = advantages.masked_fill(~batch["valid"], 0.0)
+    batch |= {"values": values.masked_fill(~batch["valid_p1"], 0.0), "returns": returns}
     moved = normal(3, 12, 10, seed=5) * 0.3  # ratios and values on both sides of the ranges
     outputs = [batch["logprobs"] + moved[0], moved[1].abs(), batch["values"] + moved[2]]
-    counts = [(~batch[name]).sum() for name in ("padding_mask", "padding_mask_p1")]
+    counts = [batch[name].sum() for name in ("valid", "valid_p1")]
     expected, gradients = slow_loss(args, batch, *outputs, *[count.item() for count in counts])
     assert 0 < expected["policy/clipfrac_avg"] < 1 and 0 < expected["val/clipfrac_avg"] < 1 and counts[0] < 120
     for parts in ([range(12)], [range(5), range(5, 6), range(6, 12)]):

@@ -180,7 +180,7 @@ def advantages(module):
     batch = module.response_masks(responses, PAD) | {"scores": 10 + torch.arange(6.0) ** 2}
     logprobs, ref_logprobs, values = torch.randn((3, 6, 5), generator=torch.manual_seed(0))
     batch["logprobs"], batch["ref_logprobs"] = [x.masked_fill(responses == PAD, 1.0) for x in (logprobs, ref_logprobs)]
-    batch["values"] = values.masked_fill(batch["padding_mask_p1"], 0.0)
+    batch["values"] = values.masked_fill(~batch["valid_p1"], 0.0)
     return batch | module.compute_advantages(module.Args(), batch)
 
 
@@ -191,15 +191,15 @@ def test_rewards_and_advantages(monkeypatch):
     assert torch.allclose(at_eos["rewards"][0] + 0.05 * plain["kl"][0], torch.tensor([0.0, 0.0, 10.0, 0.0, 0.0]))
     assert at_eos["values"][0, 3] == 0 != plain["values"][0, 3]  # the value after EOS
     assert torch.equal(at_eos["rewards"][1:], plain["rewards"][1:])  # without EOS: at the last token, as before
-    whitened = advantages(patched("reward_whitening"))["rewards"][~plain["padding_mask_p1"]]
+    whitened = advantages(patched("reward_whitening"))["rewards"][plain["valid_p1"]]
     assert whitened.std(correction=0).item() == pytest.approx(1, abs=1e-4)
     # Advantages: over all rows, or over those of each of two processes.
     whole, raw = plain["advantages"], advantages(patched("no_advantage_whitening"))["advantages"]
-    assert torch.allclose(raw, (plain["returns"] - plain["values"]).masked_fill(plain["padding_mask"], 0.0))
+    assert torch.allclose(raw, (plain["returns"] - plain["values"]).masked_fill(~plain["valid"], 0.0))
     monkeypatch.setattr(patched("per_rank_whitening"), "PartialState", lambda: SimpleNamespace(num_processes=2))
     halves = advantages(patched("per_rank_whitening"))["advantages"]
     for found, rows in ((whole, slice(0, 6)), (halves, slice(0, 3)), (halves, slice(3, 6))):
-        valid = ~plain["padding_mask"][rows]
+        valid = plain["valid"][rows]
         part = raw[rows][valid]
         assert torch.allclose(found[rows][valid], (part - part.mean()) / part.std(correction=0), atol=1e-5)
 

@@ -98,8 +98,8 @@ def test_rloo_against_a_slow_loop():
     # At ratio 1, the gradient of a response's logprobs is REINFORCE's: -advantage / number of responses.
     old = batch["logprobs"].clone().requires_grad_()
     module.ppo_loss(args, batch, old, torch.zeros(12, R), tokens, 12)[0].backward()
-    expected = (-batch["advantages"].view(-1, 1) / 12).expand(12, R).masked_fill(batch["padding_mask"], 0.0)
-    assert_close(old.grad.masked_fill(batch["padding_mask"], 0.0), expected)
+    expected = (-batch["advantages"].view(-1, 1) / 12).expand(12, R).masked_fill(~batch["valid"], 0.0)
+    assert_close(old.grad.masked_fill(~batch["valid"], 0.0), expected)
 
 
 def test_rloo_baseline_does_not_depend_on_the_own_reward():

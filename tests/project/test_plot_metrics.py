@@ -33,12 +33,28 @@ def test_lines_means_and_bands(tmp_path):
         assert line in done.stdout
     assert not list(tmp_path.glob("*.tmp"))
     tables = {"a": [plot_metrics.load(run, 1) for run in runs], "b": [plot_metrics.load(other, 1)]}
-    kl, eos, *rest = plot_metrics.draw(tables).axes
+    kl, eos, *rest = plot_metrics.draw(tables, {}).axes
     first, second = [line.get_xydata().tolist() for line in kl.lines]
     assert first == [[8, 0], [16, 2], [24, 4]] and second == [[8, 5], [16, 5]]  # the updates that all seeds have
     band = kl.collections[0].get_paths()[0].vertices[:, 1]
     assert band.max() == pytest.approx(4 + 8**0.5) and len(kl.collections) == 1 and not rest
     assert plot_metrics.load(runs[0], 2)["objective/kl"].tolist() == [0, 0.5, 1.5]
+
+
+def test_calibration_of_an_evaluated_reward_model(tmp_path):
+    run = write_run(tmp_path / "reward", [1])
+    rows = [
+        {"group": "x", "n": 4, "accuracy": a, "low": a - 0.2, "high": a + 0.1, "margin": m}
+        for a, m in ((0.6, 0.2), (0.8, 1.5))
+    ]
+    (run / "eval_test.json").write_text(json.dumps({"calibration": rows}))
+    done = command(run, "-o", tmp_path / "x.png")
+    assert done.returncode == 0 and (tmp_path / "x.png").exists(), done.stderr
+    reports = {"run": plot_metrics.calibration(run)}
+    *_, axis = [axis for axis in plot_metrics.draw({"run": [plot_metrics.load(run, 1)]}, reports).axes if axis.axison]
+    points, line = axis.lines[0].get_xydata().tolist(), axis.lines[-1].get_xydata()
+    assert points == [[0.2, 0.6], [1.5, 0.8]] and line[-1].tolist() == pytest.approx([1.5, 1 / (1 + 2.718281828**-1.5)])
+    assert plot_metrics.calibration(tmp_path) == []
 
 
 def test_what_is_no_run_is_named(tmp_path):

@@ -67,8 +67,9 @@ def mean(values):
         ("Trouble with my boss. The weather was nice.", 1 - 0.6),
         ("Trouble with my boss. Thanks for reading.", 1 - 0.3),
         ("Trouble with my boss xqz.", 1 - 0.2),
-        # 17 words: one too many
-        ("I feel sad because my boss just lied at the office over 60 dollars. Should I sue?", 7.3 - 0.1),
+        # 17 words, and 18: one too many
+        ("I feel sad because my boss just lied at the office over 60 dollars. Should I sue?", 7.3),
+        ("I feel sad because my my boss just lied at the office over 60 dollars. Should I sue?", 7.3 - 0.1),
     ],
 )
 def test_gold_score_by_hand(summary, expected):

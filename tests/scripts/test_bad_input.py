@@ -122,7 +122,6 @@ BAD = {
     "rows beyond the positions": ("sft", {"--max_query_response_length": 161}, "160"),
     "pairs beyond the positions": ("reward", {"--max_query_response_length": 161}, "160"),
     "samples beyond the positions": ("ppo", {"--max_query_length": 153}, "160"),
-    "upload to nowhere": ("sft", {"--push_to_hub": None}, "--hf_repo_id"),
     # Data.
     "no such folder": ("sft", {"--query_dataset": MISSING}, ""),
     "no such set": ("ppo", {"--query_dataset": "nobody/no-such-set"}, ""),
@@ -314,10 +313,7 @@ def test_output_folder_that_cannot_be_written(flags, disk):
 
 
 # ---- One by one ------------------------------------------------------------------------------------------------------
-POLICY = pytest.param("ppo", "--sft_model_path", marks=pytest.mark.xfail(strict=True, reason="torch.multinomial fails"))
-
-
-@pytest.mark.parametrize("script, flag", [("sft", "--base_model"), POLICY])
+@pytest.mark.parametrize("script, flag", [("sft", "--base_model"), ("ppo", "--sft_model_path")])
 def test_weights_that_are_not_finite(script, flag, flags, chain, tmp_path):
     """The run ends at its first update, and saves nothing."""
     model(weights=poison)(tmp_path / "model")
@@ -333,12 +329,11 @@ def test_emoji_where_stdout_is_ascii(flags, world, tmp_path):
     assert "\\U0001f600" in done.out
 
 
-def test_odd_text_in_the_picture(flags, chain, tmp_path):
-    """A name that is no formula, and an evaluated model that never was normalised."""
-    changes = {"--exp_name": "$\\foo{", "--total_episodes": 0, "--run_eval": None, "--output_dir": tmp_path / "out"}
+def test_a_reward_model_that_never_was_normalised(flags, chain, tmp_path):
+    changes = {"--total_episodes": 0, "--run_eval": None, "--output_dir": tmp_path / "out"}
     reward_model({"normalization_rows": None})(tmp_path / "model")
     runner.run("reward", flags["reward"] | changes | {"--reward_model_path": tmp_path / "model"})
-    assert (tmp_path / "out/eval_validation.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out/eval_validation.json").exists()
 
 
 @pytest.mark.parametrize("mode", ["online", "odd"])

@@ -213,7 +213,7 @@ FULL = {
     "model": ("sft", "os.mkdir", "model.tmp", 100_000),
     "tokenizer": ("sft", "open", "model.tmp/tokenizer_config.json", 4096),
     "samples": ("sft", "open", "samples_validation.csv.tmp", 0),
-    "picture": ("reward", "open", "eval_validation.png.tmp", 0),
+    "pairs": ("reward", "open", "pairs_validation.csv.tmp", 0),
     "summary": ("sft", "open", "summary.json.tmp", 0),
 }
 
