@@ -259,7 +259,13 @@ def sample_responses(args, accelerator, policy, tokenizer, query_tokens: list, t
 def response_masks(responses: torch.Tensor, pad_token_id: int) -> dict:
     """
     For responses (B, R) with [PAD] after their EOS, two masks (B, R): valid, True at their tokens; valid_p1, True at
-    the position after the last token too, which is EOS + 1 (Detail R).
+    the position after the last token too, which is EOS + 1 (Detail R). One row, with R = 5:
+
+        response       a       b       EOS     [PAD]   [PAD]
+        valid          1       1       1       0       0         logprobs, KL penalty, policy loss
+        valid_p1       1       1       1       1       0         values, value loss
+        values are of  query   a       b       EOS     -         the value model's output at this token
+        rewards        -KL     -KL     -KL     score   0
 
     >>> response_masks(torch.tensor([[5, 0, 9, 9]]), pad_token_id=9)   # a token, EOS (0), padding
     {'valid': tensor([[ True,  True, False, False]]), 'valid_p1': tensor([[ True,  True,  True, False]])}
@@ -404,7 +410,10 @@ def gae(rewards: torch.Tensor, values: torch.Tensor, gamma: float, lam: float):
 
 # ---- The algorithm: PPO update ---------------------------------------------------------------------------------------
 def ppo_update(args, accelerator: Accelerator, model, optimizer, batch: dict, update: int) -> dict:
-    """All epochs and minibatches of PPO on one global batch. Returns the statistics of the update as floats."""
+    """
+    All epochs and minibatches of PPO on one global batch, which every process holds as a whole. Returns the statistics
+    of the update as floats.
+    """
     model.train()  # there is no dropout (Detail 7), but gradient checkpointing works in this mode only
     steps = []  # the statistics of each optimizer step
     grad_norms = []
