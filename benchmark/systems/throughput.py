@@ -1,16 +1,18 @@
 """
-How fast PPO is: ppo.py by itself, beside TRL's PPOTrainer, or beside ppo.py of an earlier commit.
+How fast PPO is: ppo.py by itself, beside TRL's PPOTrainer, or beside ppo.py of an earlier commit. Likewise RLOO and
+GRPO, beside TRL's RLOOTrainer and GRPOTrainer.
 
     python benchmark/systems/throughput.py --shape 14m --runs 1
     python benchmark/systems/throughput.py --shape 14m --beside trl
+    python benchmark/systems/throughput.py --shape 70m --beside trl --algorithm rloo
     python benchmark/systems/throughput.py --shape 160m --beside fcc94c5 --runs 2 \\
         --out benchmark/results/speed_versions.json
 
 Every run is a command, a process of its own, on the models and posts of inputs.py, the same posts in every update. It
 is timed from line to line of its metrics.jsonl; the first update (allocation, caches) is not timed. Runs of both sides
 take turns, and the file is written after every pair. Beside the wall clock there are the processor seconds, and how
-many cores other processes kept busy. peers/trl_ppo.py says what TRL does otherwise; the first call makes its
-environment.
+many cores other processes kept busy. peers/trl_ppo.py and peers/trl_online.py say what TRL does otherwise; the first
+call makes its environment.
 """
 
 import json
@@ -30,12 +32,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmark.systems.processes import ROOT, describe_machine, measure, warn_if_busy, write_atomically  # noqa: E402
 
 HERE = ROOT / "benchmark" / "systems"
+TRL = {"ppo": "1.12.0", "rloo": "1.16.0", "grpo": "1.16.0"}  # PPO has gone from later versions
 
 
 @dataclass
 class Args:
     shape: str = "14m"  # one of the shapes of inputs.py, or a folder with a config.json
-    beside: Optional[str] = None  # trl, or a commit whose ppo.py is run; default: nothing
+    algorithm: Literal["ppo", "rloo", "grpo"] = "ppo"  # ppo.py as it is, or with a diff of benchmark/algorithms
+    beside: Optional[str] = None  # trl, or (of ppo) a commit whose ppo.py is run; default: nothing
     runs: int = 5  # runs of each
     updates: int = 1  # updates that are timed in a run, after one that is not
     batch: int = 16  # rows per update
@@ -66,14 +70,30 @@ def old_script(commit, folder):
     return path
 
 
+def patched_script(algorithm, folder):
+    """ppo.py with a diff of benchmark/algorithms."""
+    from benchmark.ablations.ablate import Variant, patched_scripts
+
+    variant = Variant(algorithm, path=ROOT / f"benchmark/algorithms/{algorithm}.diff")
+    path = folder / algorithm / "ppo.py"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(patched_scripts(variant)["ppo.py"], encoding="utf-8")
+    return path
+
+
 def command_of(args, name, folder, output):
     """The command of one side, which writes output/metrics.jsonl."""
     total = (1 + args.updates) * args.batch
     if name == "trl":
         flags = ["--folder", folder, "--output_dir", output, "--batch", args.batch]
         flags += ["--micro_batch", args.micro_batch, "--total_episodes", total]
-        return [HERE / "peers/.venv/bin/python", HERE / "peers/trl_ppo.py", *flags]
-    script = ROOT / "ppo.py" if name == "ours" else old_script(args.beside, folder)
+        script = ["trl_ppo.py"] if args.algorithm == "ppo" else ["trl_online.py", "--algorithm", args.algorithm]
+        script[0] = HERE / "peers" / script[0]
+        return [HERE / f"peers/.venv-{TRL[args.algorithm]}/bin/python", *script, *flags]
+    if name == "old":
+        script = old_script(args.beside, folder)
+    else:
+        script = ROOT / "ppo.py" if args.algorithm == "ppo" else patched_script(args.algorithm, folder)
     flags = ["--sft_model_path", folder / "sft", "--reward_model_path", folder / "reward"]
     flags += ["--query_dataset", folder / "posts", "--output_dir", output]
     flags += ["--local_micro_batch_size", args.micro_batch, "--total_episodes", total]
@@ -105,14 +125,17 @@ def time_run(args, name, folder):
 def main():
     args = tyro.cli(Args, use_underscores=True, description=__doc__)
     other = {None: None, "trl": "trl"}.get(args.beside, "old")
+    if other == "old" and args.algorithm != "ppo":
+        print(f"error: --beside {args.beside}: an earlier commit is for --algorithm ppo", file=sys.stderr)
+        raise SystemExit(2)
     if args.precision == "auto":
         args.precision = run_python(HERE / "faster_dtype.py")
     if other == "trl":
-        subprocess.run(["bash", HERE / "peers/setup.sh"], check=True)
+        subprocess.run(["bash", HERE / "peers/setup.sh", TRL[args.algorithm]], check=True)
     folder = args.work_dir.resolve() / f"inputs-{Path(args.shape).name}"  # removed, if it is there, and made anew
     run_python(HERE / "inputs.py", folder, args.shape, args.batch)
     result = json.loads((folder / "inputs.json").read_text()) | {"machine": describe_machine(), "beside": args.beside}
-    result |= {name: getattr(args, name) for name in ("shape", "batch", "micro_batch", "precision")}
+    result |= {name: getattr(args, name) for name in ("algorithm", "shape", "batch", "micro_batch", "precision")}
     result |= {"command": " ".join(["python benchmark/systems/throughput.py", *sys.argv[1:]])}
     earlier, pairs = json.loads(args.out.read_text()) if args.out and args.out.exists() else [], []
     for number in range(args.runs):

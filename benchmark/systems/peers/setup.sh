@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# An environment of its own for TRL, in benchmark/systems/peers/.venv (ignored by git): its versions are not this project's.
+# An environment of its own for a version of TRL, in benchmark/systems/peers/.venv-VERSION (ignored by git): its
+# versions are not this project's.
+#   bash benchmark/systems/peers/setup.sh 1.16.0
 set -euo pipefail
 cd "$(dirname "$0")"
-if [ ! -f .venv/installed ]; then
-    "${PYTHON:-python3}" -m venv .venv
-    .venv/bin/pip install --quiet -r requirements.txt
-    touch .venv/installed
+venv=.venv-${1:?name a version of TRL}
+if [ ! -f "$venv/installed" ]; then
+    "${PYTHON:-python3}" -m venv "$venv"
+    "$venv/bin/pip" install --quiet "trl==$1" torch==2.13.0
+    touch "$venv/installed"
 fi
