@@ -138,8 +138,9 @@ def test_figures_in_tables_are_those_of_the_results():
                 )
                 raw = " ".join((RESULTS / name).read_text() for name in names if (RESULTS / name).exists())
                 known = [float(number) for number in re.findall(r"\d+(?:\.\d+)?(?:e-?\d+)?", raw)]
-                for figure in re.findall(r"(?<![\w.])\d+\.\d+(?![\w.]*\d)", line) if raw else []:
-                    half = 0.5001 * 10.0 ** -len(figure.partition(".")[2])
+                for figure in re.findall(r"(?<![\w.])\d+\.\d+(?:e-\d+)?(?![\w.]*\d)", line) if raw else []:
+                    digits, _, exponent = figure.partition("e")
+                    half = 0.5001 * 10.0 ** (int(exponent or 0) - len(digits.partition(".")[2]))
                     off = [abs(number * scale - float(figure)) for number in known for scale in (1, 100, 1000)]
                     assert min(off) <= half, f"{page}: {figure} is not in {', '.join(names)}: {line}"
                     checked += 1
