@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole of TL;DR RLHF on the embedded tiny environment: SFT, reward model, PPO, judge.
 #
-#   bash benchmark/quickstart.sh                 # about four minutes on two cores, after the installation
+#   bash benchmark/quickstart.sh                 # about seven minutes on two cores, after the installation
 #   SEED=2 bash benchmark/quickstart.sh          # another seed of the training; OUT=FOLDER names another folder
 #   SIZE=smoke bash benchmark/quickstart.sh      # an easier world and less data: about two minutes, for tests
 #   PROCESSES=2 bash benchmark/quickstart.sh     # two processes under DeepSpeed ZeRO-2, with the same batches;
@@ -22,6 +22,7 @@ WORLD=${WORLD:-runs/quickstart/$SIZE-world}
 SPLIT=${SPLIT:-test}
 CONFIG=${CONFIG:-benchmark/accelerate/cpu_zero2.yaml}
 launch=(python)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # the matrices are too small for two threads to help
 [ "$PROCESSES" = 1 ] || launch=(accelerate launch --config_file "$CONFIG" --num_processes "$PROCESSES")
 case $SIZE in
   full)  world=(); sft_rows=12000; pairs=24000; episodes=2048; norm=2000 ;;
