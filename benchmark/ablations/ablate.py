@@ -53,9 +53,10 @@ import tyro
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from benchmark.systems.processes import ROOT, Jobs, describe_machine, launch, write_atomically  # noqa: E402
+from benchmark.systems.processes import ROOT, Jobs, describe_machine, launch, save_figure, write_atomically  # noqa: E402
 from benchmark.tiny_world.gold import load_samples, mean_interval, scores  # noqa: E402
 from benchmark.tiny_world.tiny_env import fail, load_facts  # noqa: E402
+from eval_judge import load_length, log_length_ratio  # noqa: E402
 
 DIFFS = ROOT / "benchmark" / "ablations"
 STAGES = ("sft", "reward", "ppo")
@@ -304,12 +305,21 @@ class Harness:
         if missing:
             fail(f"{len(missing)} runs are not complete, {missing[0]} is the first; the same command continues")
 
+    def read_samples(self, folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Per sample of a run: its gold score; 1, 0.5 or 0 for a win, a tie or a loss; its log length ratio."""
+        facts = load_facts(str(self.world))
+        rows = load_samples(str(folder / f"samples_{self.split}.csv"), facts)
+        gold, _, won = scores(rows, facts)
+        length, _ = load_length(str(self.world / "base_model"))
+        lengths = [np.array([length(text) for text in texts]) for texts in (rows.response, rows.reference)]
+        return gold, won, log_length_ratio(*lengths)
+
     def measure(self, variant: Variant, seed: int) -> dict:
         """All figures of one run, as the header defines them."""
         sft, reward, ppo = [self.folder(variant, seed, stage) for stage in STAGES]
-        result, facts = {}, load_facts(str(self.world))
+        result = {}
         for prefix, folder in (("", ppo), ("sft_", sft)):
-            gold, _, won = scores(load_samples(str(folder / f"samples_{self.split}.csv"), facts), facts)
+            gold, won, _ = self.read_samples(folder)
             result |= {f"{prefix}win_rate": float(won.mean()), f"{prefix}gold": float(gold.mean())}
         keys = {"kl": "kl", "score": "score", "length": "response_length", "eos_share": "eos_share"}
         reports = ((ppo, keys), (reward, {"accuracy": "accuracy", "rm_loss": "loss"}))
@@ -458,8 +468,7 @@ def draw(found: dict, variants: list[Variant], path: Path):
         axes.plot([], [], "|-", color=colour, markersize=11, markeredgewidth=2, label=name)
     axes.plot([], [], "o", color="grey", markersize=3, label="one seed (bars: mean and 95% t-interval)")
     figure.legend(loc="outside lower center", ncols=3, fontsize=8)
-    figure.savefig(f"{path}.tmp", format="png")
-    os.replace(f"{path}.tmp", path)
+    save_figure(figure, path)
 
 
 def main():

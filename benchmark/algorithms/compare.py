@@ -41,10 +41,10 @@ from scipy.special import expit
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import ppo  # noqa: E402
 from benchmark.ablations.ablate import FLAGS, Harness, Variant, cell, paired  # noqa: E402
-from benchmark.systems.processes import ROOT, launch, write_atomically  # noqa: E402
-from benchmark.tiny_world.gold import load_samples, scores  # noqa: E402
+from benchmark.systems.processes import ROOT, launch, save_figure, write_atomically  # noqa: E402
+from benchmark.tiny_world.gold import load_samples  # noqa: E402
 from benchmark.tiny_world.tiny_env import load_facts  # noqa: E402
-from eval_judge import fit_logistic, load_length, log_length_ratio  # noqa: E402
+from eval_judge import fit_logistic  # noqa: E402
 
 TEMPERATURE = 0.7
 EPISODES = FLAGS["ppo"]["total_episodes"]
@@ -117,26 +117,25 @@ class Comparison(Harness):
         """All figures of one run, as the header defines them."""
         if variant.name == "baseline":  # of the ablations, at another temperature
             return super().measure(variant, seed)
-        folder, facts = self.folder(variant, seed, "ppo"), load_facts(str(self.world))
-        rows = load_samples(str(folder / f"samples_{self.split}.csv"), facts)
-        gold, _, won = scores(rows, facts)
-        measure, _ = load_length(str(self.world / "base_model"))
-        lengths = [np.array([measure(text) for text in texts]) for texts in (rows.response, rows.reference)]
-        intercept, _, _ = fit_logistic(log_length_ratio(*lengths), won)
+        folder = self.folder(variant, seed, "ppo")
+        gold, won, log_ratio = self.read_samples(folder)
+        intercept, _, _ = fit_logistic(log_ratio, won)
         result = {"gold": gold.mean(), "win_rate": won.mean()}
         if intercept is not None:
             result["lc_win_rate"] = expit(intercept)
         summary = json.loads((folder / "summary.json").read_text())
-        summary |= self.score_again(variant, seed, rows) if variant.name.startswith("dpo") else {}
+        summary |= self.score_again(variant, seed) if variant.name.startswith("dpo") else {}
         for name, key in {"kl": "kl", "score": "score", "length": "response_length", "eos_share": "eos_share"}.items():
             if f"eval/{key}" in summary:
                 result[name] = summary[f"eval/{key}"]
         return {name: float(f"{value:.5g}") for name, value in result.items()}
 
     @torch.no_grad()
-    def score_again(self, variant: Variant, seed: int, rows) -> dict:
+    def score_again(self, variant: Variant, seed: int) -> dict:
         """Of DPO's samples, what ppo.py's evaluation tells of its own: KL, score, and length. They count as ended."""
         sft, reward, policy = [self.folder(variant, seed, stage) / "model" for stage in ("sft", "reward", "ppo")]
+        samples = self.folder(variant, seed, "ppo") / f"samples_{self.split}.csv"
+        rows = load_samples(str(samples), load_facts(str(self.world)))
         tokenizer = ppo.load_tokenizer(str(sft), "--base_model")
         policies = [ppo.load_causal_lm(str(path), tokenizer, 600, "policy") for path in (policy, sft)]
         reward_model = ppo.ScalarModel(ppo.load_classifier(str(reward), tokenizer, 600, "reward model"))
@@ -220,8 +219,7 @@ def draw(runs: list[dict], path: Path):
     figure.axes[0].plot([], [], "*", color="black", markersize=10, label="chosen, test posts (small: validation)")
     figure.axes[0].legend(fontsize=8)
     figure.suptitle("What is gained for how much KL: every learning rate and KL coefficient, mean over seeds")
-    figure.savefig(f"{path}.tmp", format="png")
-    Path(f"{path}.tmp").rename(path)
+    save_figure(figure, path)
 
 
 def main():

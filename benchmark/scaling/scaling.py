@@ -26,7 +26,6 @@ Intervals are Student's t over seeds. Trend: Page's test for values that rise wi
 """
 
 import json
-import os
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -42,10 +41,10 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmark.ablations.ablate import FLAGS, Harness, Variant, cell, with_baselines  # noqa: E402
-from benchmark.systems.processes import ROOT, write_atomically  # noqa: E402
-from benchmark.tiny_world.gold import load_samples, mean_interval, scores  # noqa: E402
+from benchmark.systems.processes import ROOT, save_figure, write_atomically  # noqa: E402
+from benchmark.tiny_world.gold import mean_interval  # noqa: E402
 from benchmark.tiny_world.tiny_env import fail, gold_score, load_facts  # noqa: E402
-from eval_judge import LENGTH_EDGES, length_bins, load_length, log_length_ratio  # noqa: E402
+from eval_judge import LENGTH_EDGES, length_bins  # noqa: E402
 
 WIDTHS = {16: 2, 32: 2, 64: 4, 160: 10}  # hidden size -> attention heads; three layers each
 POLICY_WIDTH = 64
@@ -109,17 +108,14 @@ class Sizes(Harness):
         for name, key in CURVES.items():
             result.setdefault("curves", {})[name] = [float(f"{update[key]:.4g}") for update in updates]
 
-        facts = load_facts(str(self.world))
-        length, _ = load_length(str(self.world / "base_model"))
         for name, folder in (("bins", ppo), ("sft_bins", sft)):
-            rows = load_samples(str(folder / f"samples_{self.split}.csv"), facts)
-            _, _, won = scores(rows, facts)
-            lengths = [np.array([length(text) for text in texts]) for texts in (rows.response, rows.reference)]
-            bins = length_bins(log_length_ratio(*lengths), won)
+            _, won, log_ratio = self.read_samples(folder)
+            bins = length_bins(log_ratio, won)
             result[name] = [[round(2 * part["n"] * (part["win_rate"] or 0)) / 2, part["n"]] for part in bins]
 
         margins = pd.read_csv(reward / f"pairs_{self.split}.csv").margin.to_numpy()
         pairs = pd.read_parquet(self.world / "comparisons" / f"{self.split}.parquet")
+        facts = load_facts(str(self.world))
         golds = []
         for info, texts, choice in zip(pairs["info"], pairs.summaries, pairs.choice):
             left, right = [gold_score(text["text"], facts[info["id"]]["facts"]) for text in texts]
@@ -204,6 +200,11 @@ def sizes_table(sizes: dict) -> str:
     )
 
 
+def smoothed(curves: dict) -> dict:
+    """Means over three updates: one is a small sample."""
+    return {name: np.convolve(values, np.ones(3) / 3, "valid") for name, values in curves.items()}
+
+
 def overoptimisation_table(runs: list[dict]) -> str:
     """Per reward model and KL coefficient: the gold score at the start, at its peak and at the end, and what went along."""
     groups = defaultdict(list)
@@ -214,7 +215,7 @@ def overoptimisation_table(runs: list[dict]) -> str:
     head += " | EOS share: least after the peak | entropy: first, at the peak, last"
     lines = [f"| policies against | {head} |", "|---|" + "---|" * (1 + head.count("|"))]
     for name, curves in sorted(groups.items()):
-        smooth = [{key: np.convolve(curve[key], np.ones(3) / 3, "valid") for key in CURVES} for curve in curves]
+        smooth = [smoothed(curve) for curve in curves]
         peaks = [int(np.argmax(curve["gold"])) for curve in smooth]
 
         def mean(key, *places):
@@ -270,8 +271,7 @@ def draw_sizes(sizes: dict, path: Path):
     axes[5].set_xlabel("log length ratio to the reference")
     axes[5].legend()
     figure.suptitle(f"Sizes: {max(map(len, sizes.values()))} seeds each, mean and 95% t-interval")
-    figure.savefig(f"{path}.tmp", format="png")
-    os.replace(f"{path}.tmp", path)
+    save_figure(figure, path)
 
 
 def draw_overoptimisation(runs: list[dict], path: Path):
@@ -288,15 +288,14 @@ def draw_overoptimisation(runs: list[dict], path: Path):
         for ax, key, title in zip(row, ("score", "gold"), ("reward model's score", "gold score")):
             for i, name in enumerate(sorted(name for name in groups if name.split(",")[0] == reward)):
                 for number, curves in enumerate(groups[name]):
-                    kl, y = [np.convolve(curves[which], np.ones(3) / 3, "valid") for which in ("kl", key)]
+                    kl, y = [smoothed(curves)[which] for which in ("kl", key)]
                     label = name.split(", ")[1] if number == 0 else ""
                     ax.plot(np.sqrt(np.maximum(kl, 0)), y, color=f"C{i}", alpha=0.6, label=label)
             ax.set_title(f"{reward}: {title}")
             ax.set_xlabel("square root of the KL from the SFT model (nats)")
             ax.legend()
             ax.grid(alpha=0.3)
-    figure.savefig(f"{path}.tmp", format="png")
-    os.replace(f"{path}.tmp", path)
+    save_figure(figure, path)
 
 
 def main():

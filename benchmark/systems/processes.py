@@ -167,6 +167,11 @@ def write_atomically(path, text):
     os.replace(f"{path}.tmp", path)
 
 
+def save_figure(figure, path, **options):
+    figure.savefig(f"{path}.tmp", format="png", **options)
+    os.replace(f"{path}.tmp", path)
+
+
 def describe_machine():
     """As "2 cores of AMD EPYC, no GPU"."""
     if shutil.which("nvidia-smi"):

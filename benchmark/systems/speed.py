@@ -5,12 +5,14 @@ The comparisons with TRL of throughput.py: benchmark/results/peers.json to speed
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from benchmark.systems.processes import save_figure  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
@@ -42,8 +44,7 @@ def draw(peers, path):
     axes.set_title(f"PPO beside TRL, fp32, {peers[0]['machine']}")
     axes.set_ylim(axes.get_ylim()[0] / 1.3, axes.get_ylim()[1] * 2)
     axes.legend(loc="upper right", fontsize=8)
-    figure.savefig(f"{path}.tmp", format="png", dpi=120)
-    os.replace(f"{path}.tmp", path)
+    save_figure(figure, path, dpi=120)
 
 
 def main(results=RESULTS):

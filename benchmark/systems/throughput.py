@@ -11,8 +11,8 @@ GRPO, beside TRL's RLOOTrainer and GRPOTrainer.
 Every run is a command, a process of its own, on the models and posts of inputs.py, the same posts in every update. It
 is timed from line to line of its metrics.jsonl; the first update (allocation, caches) is not timed. Runs of both sides
 take turns, and the file is written after every pair. Beside the wall clock there are the processor seconds, and how
-many cores other processes kept busy. peers/trl_ppo.py and peers/trl_online.py say what TRL does otherwise; the first
-call makes its environment.
+many cores other processes kept busy. peers/run_trl.py says what TRL does otherwise; the first call makes its
+environment.
 """
 
 import json
@@ -87,9 +87,8 @@ def command_of(args, name, folder, output):
     if name == "trl":
         flags = ["--folder", folder, "--output_dir", output, "--batch", args.batch]
         flags += ["--micro_batch", args.micro_batch, "--total_episodes", total]
-        script = ["trl_ppo.py"] if args.algorithm == "ppo" else ["trl_online.py", "--algorithm", args.algorithm]
-        script[0] = HERE / "peers" / script[0]
-        return [HERE / f"peers/.venv-{TRL[args.algorithm]}/bin/python", *script, *flags]
+        python = HERE / f"peers/.venv-{TRL[args.algorithm]}/bin/python"
+        return [python, HERE / "peers/run_trl.py", "--algorithm", args.algorithm, *flags]
     if name == "old":
         script = old_script(args.beside, folder)
     else:

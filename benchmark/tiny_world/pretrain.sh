@@ -35,8 +35,8 @@ norm = model.gpt_neox.final_layer_norm
 norm.weight.data /= 4
 norm.bias.data /= 4
 model.get_output_embeddings().weight.data *= 4
-shutil.rmtree(target, ignore_errors=True)
 shutil.copytree(random, f"{target}.tmp", dirs_exist_ok=True)  # config and tokenizer
 model.half().save_pretrained(f"{target}.tmp")
+shutil.rmtree(target, ignore_errors=True)
 shutil.move(f"{target}.tmp", target)
 EOF

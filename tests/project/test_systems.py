@@ -65,7 +65,7 @@ def test_an_algorithm_is_timed_as_its_diff_has_it(tmp_path):
     compile(text, command[1], "exec")
     assert "samples_per_query" in text and "vf_coef" not in text
     trl = [str(word) for word in throughput.command_of(args, "trl", tmp_path, tmp_path / "out")]
-    assert "peers/.venv-1.16.0/" in trl[0] and trl[1].endswith("trl_online.py") and trl[2:4] == ["--algorithm", "rloo"]
+    assert "peers/.venv-1.16.0/" in trl[0] and trl[1].endswith("run_trl.py") and trl[2:4] == ["--algorithm", "rloo"]
 
 
 def test_an_earlier_commit_is_timed_by_its_own_script(tmp_path):
