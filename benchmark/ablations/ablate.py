@@ -79,9 +79,9 @@ class Args:
 # ---- The setting -----------------------------------------------------------------------------------------------------
 # What differs from the scripts' defaults, as in quickstart.sh.
 FLAGS = {
-    "sft": dict(total_episodes=12000, lr=1.5e-4, warm_up_steps=50, local_micro_batch_size=16, response_length=28),
+    "sft": dict(total_episodes=10000, lr=1.5e-4, warm_up_steps=50, local_micro_batch_size=16, response_length=28),
     "reward": dict(
-        total_episodes=24000, lr=1.5e-4, warm_up_steps=50, local_micro_batch_size=8, normalization_rows=2000
+        total_episodes=20000, lr=1.5e-4, warm_up_steps=50, local_micro_batch_size=8, normalization_rows=2000
     ),
     "ppo": dict(
         total_episodes=2048, lr=1.5e-4, local_micro_batch_size=64, gradient_accumulation_steps=2,

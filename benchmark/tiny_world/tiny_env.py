@@ -48,7 +48,7 @@ import tyro
 # torch, transformers, tokenizers and pyarrow are imported where they are needed: the judge imports this file for
 # `gold_score` alone, and should be up in a moment.
 
-WORLD_VERSION = 3  # raised when the same flags give another world; other versions have other posts
+WORLD_VERSION = 4  # raised when the same flags give another world; other versions have other posts
 
 
 @dataclass
@@ -56,10 +56,10 @@ class Args:
     output_dir: str  # the folder to write; a complete one made with the same flags is left as it is
     seed: int = 1  # seed of posts, references and comparisons
     # ---- How much data ----
-    num_train_posts: int = 12000  # posts (with references) to train on
+    num_train_posts: int = 10000  # posts (with references) to train on
     num_validation_posts: int = 600  # posts to choose settings on
     num_test_posts: int = 600  # posts to report on, once
-    num_train_pairs: int = 24000  # comparisons to train on; they are about the train posts
+    num_train_pairs: int = 20000  # comparisons to train on; they are about the train posts
     num_validation_pairs: int = 2000  # comparisons about the validation posts
     num_test_pairs: int = 2000  # comparisons about the test posts
     num_cnndm_pairs: int = 300  # comparisons in CNN/DM form (news articles instead of posts), for validation only
@@ -72,7 +72,7 @@ class Args:
     # ---- How good references and labels are ----
     vague_share: float = 0.6  # share of references that leave most facts out
     wrong_value_share: float = 0.04  # chance of each value in a reference to be wrong
-    label_beta: float = 0.4  # a worker prefers the left summary with probability sigmoid(label_beta * gold margin)
+    label_beta: float = 0.5  # a worker prefers the left summary with probability sigmoid(label_beta * gold margin)
     # ---- The base model (GPT-NeoX) ----
     base_model: Literal["pretrained", "random"] = "pretrained"
     """pretrained: that of benchmark/tiny_world/base_model, with its tokenizer; random: new weights, of these shapes"""
@@ -435,7 +435,7 @@ def draw_pair(rng: random.Random, args: Args, post: dict, stranger: dict) -> tup
                                                     batch9  one fact of a summary left out
     """
     facts, distractors = post["facts"], post["distractors"]
-    batch = rng.choices(("batch3", "batch5", "batch7", "batch8", "batch9"), (0.10, 0.10, 0.30, 0.40, 0.10))[0]
+    batch = rng.choices(("batch3", "batch5", "batch7", "batch8", "batch9"), (0.10, 0.10, 0.20, 0.55, 0.05))[0]
     if batch == "batch3":
         return batch, [("ref", " " + post["summary"]), write_by_policy(rng, args, post, stranger)]
     if batch == "batch5":

@@ -108,7 +108,7 @@ def test_the_default_world_stays_as_it_is():
     posts = tiny_env.make_posts(args, "validation", 50, set())
     rows = [posts, tiny_env.make_comparisons(args, "validation", 100, posts), tiny_env.make_cnndm(args, 20)]
     text = json.dumps([*rows, tiny_env.settings_of(args)], sort_keys=True)
-    expected = "78f390a9afc3db10ecf5ee663a3a3b0303c591a4a72ae8e1c89b2db0ebf9b7dc"
+    expected = "a0468dd19483819eddf588db1eb89f7c73dba5a86a24156b3dd51d81d5155a5a"
     assert hashlib.sha256(text.encode()).hexdigest() == expected
 
 
@@ -144,7 +144,7 @@ def test_references_and_labels_are_as_noisy_as_stated(world):
         known = facts[row["info"]["id"]]["facts"]
         left, right = [tiny_env.gold_score(summary["text"], known) for summary in row["summaries"]]
         agree.append(0.5 if left == right else float((right > left) == (row["choice"] == 1)))
-        expected.append(1 / (1 + math.exp(-0.4 * abs(right - left))))  # Bradley-Terry, label_beta 0.4
+        expected.append(1 / (1 + math.exp(-0.5 * abs(right - left))))  # Bradley-Terry, label_beta 0.5
         by_confidence[abs(row["extra"]["confidence"] - 5)].append(agree[-1])
     assert abs(sum(agree) - sum(expected)) < 4 * math.sqrt(sum(p * (1 - p) for p in expected))
     shares = [mean(values) for _, values in sorted(by_confidence.items())]
