@@ -49,46 +49,30 @@ from tqdm import tqdm
 @dataclass
 class Args:
     # ---- What is judged, and by whom ----
-    samples: tuple[str, ...]
-    """The samples files to judge: CSV with the columns id, query, response, reference"""
-    judge_model: str
-    """Name of the judge as its server knows it, with its date where there is one: undated names change meaning"""
-    against: Optional[str] = None
-    """Compare with the responses of this samples file (CSV: id, query, response) instead of the references"""
-    max_samples: Optional[int] = None
-    """Judge only the first so many rows of each samples file (None: all of them)"""
-    output_dir: str = "runs/judge"
-    """Folder for the results: a new one, or one of this script, whose verdicts are used again"""
+    samples: tuple[str, ...]  # the samples files to judge: CSV with the columns id, query, response, reference
+    judge_model: str  # the judge's name at its server, with its date where there is one: undated names change meaning
+    against: Optional[str] = None  # compare with the responses of this samples file instead of the references
+    max_samples: Optional[int] = None  # judge only the first so many rows of each samples file; default: all
+    output_dir: str = "runs/judge"  # folder for the results: new, or of this script, whose verdicts are used again
     # ---- How the question is put ----
     order: Literal["both", "random"] = "both"
     """both: each pair in both orders, a split verdict is a tie. random: one order per post, by a seeded coin"""
     template: Optional[str] = None
-    """Text file that replaces the prompt: {post}, {summary_a}, {summary_b}, each alone under its heading ### Post:,
+    """text file that replaces the prompt: {post}, {summary_a}, {summary_b}, each alone under its heading ### Post:,
     ### Summary A:, ### Summary B:, in this order, and then a line ### Instructions: and what to do"""
-    seed: int = 1
-    """Seed of the coin of --order random and of the bootstrap"""
+    seed: int = 1  # seed of the coin of --order random and of the bootstrap
     # ---- The judge's server ----
-    judge_base_url: str = "https://api.openai.com/v1"
-    """Address of an OpenAI-compatible server, as far as /v1"""
-    judge_key_variable: str = "OPENAI_API_KEY"
-    """Name of the environment variable that holds the key; other servers than OpenAI's may go without"""
-    judge_temperature: Optional[float] = 0.0
-    """Sampling temperature sent to the judge (None: not sent, for models that refuse it)"""
-    judge_max_tokens: Optional[int] = 300
-    """Longest reply asked for, in tokens; models that think before they reply need more (None: not sent)"""
-    judge_seed: Optional[int] = 1
-    """Sampling seed sent to the judge (None: not sent, for servers that refuse it)"""
-    judge_timeout: float = 60.0
-    """Seconds without a word from the server after which a request counts as failed"""
-    concurrency: int = 16
-    """Number of questions in flight at once"""
-    max_retries: int = 8
-    """How often a request is repeated after a failure, and a question after a reply that cannot be read"""
+    judge_base_url: str = "https://api.openai.com/v1"  # address of an OpenAI-compatible server, as far as /v1
+    judge_key_variable: str = "OPENAI_API_KEY"  # environment variable with the key; not needed by every server
+    judge_temperature: Optional[float] = 0.0  # sampling temperature; None: not sent, for models that refuse it
+    judge_max_tokens: Optional[int] = 300  # longest reply, in tokens; models that think need more; None: not sent
+    judge_seed: Optional[int] = 1  # sampling seed; None: not sent, for servers that refuse it
+    judge_timeout: float = 60.0  # seconds without a word from the server after which a request counts as failed
+    concurrency: int = 16  # number of questions in flight at once
+    max_retries: int = 8  # repetitions of a request after a failure, and of a question after an unreadable reply
     # ---- Statistics ----
-    tokenizer: Optional[str] = None
-    """Tokenizer (folder or hub name) that measures lengths in tokens; without one they are counted in words"""
-    bootstrap_samples: int = 10000
-    """Number of bootstrap resamples of the posts behind win_rate_ci95"""
+    tokenizer: Optional[str] = None  # tokenizer (folder or hub id) that measures lengths; default: lengths in words
+    bootstrap_samples: int = 10000  # number of bootstrap resamples of the posts behind win_rate_ci95
 
 
 Rows = dict[str, dict[str, str]]  # a samples file: {id: {"query": ..., "response": ..., "reference": ...}}
@@ -654,13 +638,6 @@ def claim_folder(folder: str) -> FileLock:
     return lock
 
 
-def write_args(args: Args):
-    """Write args.json: flags and versions, so that a figure can be traced."""
-    record = {"script": "eval_judge.py", "args": asdict(args), "command": sys.argv, "seed": args.seed}
-    record["versions"] = {name: version(name) for name in ("openai", "numpy", "scipy", "scikit-learn")}
-    write_file(f"{args.output_dir}/args.json", json.dumps(record, indent=2) + "\n")
-
-
 def load_verdicts(path: str, questions: dict[Key, str], identity: dict) -> dict[Key, str]:
     """Read the verdicts of earlier runs: {question answered: "response" or "reference"}. A line that another judge or
     prompt gave, or that judged another text, ends the run: verdicts of different meaning must not be mixed."""
@@ -708,7 +685,9 @@ def main():
             # 2. See what earlier runs have left to ask
             verdicts = load_verdicts(path, questions, identity)
             missing = {key: prompt for key, prompt in questions.items() if key not in verdicts}
-            write_args(args)
+            record = {"script": "eval_judge.py", "args": asdict(args), "command": sys.argv}
+            record["versions"] = {name: version(name) for name in ("openai", "numpy", "scipy", "scikit-learn")}
+            write_file(f"{args.output_dir}/args.json", json.dumps(record, indent=2) + "\n")
             say(f"{len(questions)} questions on {sum(map(len, samples.values()))} rows of {len(samples)} file(s): "
                 f"{len(verdicts)} found answered in {path}, {len(missing)} to ask")
 

@@ -710,7 +710,7 @@ def make_query(tokenizer, head: str, body: str, tail: str, max_tokens: int) -> t
             return query, token_ids
         if not body:
             return "", []
-        # A character is at most four tokens (UTF-8), so no shorter cut than this can fit.
+        # A character is at most four tokens (UTF-8), so a shorter cut than this hardly ever fits.
         end = len(body) - max(1, excess // 4)
         newline = body.rfind("\n", 0, end + 1)
         body = body[: end if newline < 0 else newline]
@@ -891,11 +891,11 @@ def explain(message: str):
 
 @contextmanager
 def atomic(path: str):
-    """Write a file or a folder to a temporary name, which this gives, and rename it at the end."""
+    """Yield a temporary path for a file or a folder; at the end it is renamed to `path`, after an error removed."""
     temporary = f"{path}.tmp"
     try:
         with explain(f"{path} cannot be written: make room, then continue with --resume"):
-            shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+            shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed
             yield temporary
             os.sync()
             shutil.rmtree(path, ignore_errors=True)
@@ -911,7 +911,7 @@ def write_text(path: str, text: str):
 
 
 def check_flags(args, may_be_zero: str, any_number: str = ""):
-    """Refuse values that make no sense, by the name of their flag."""
+    """Refuse flag values that make no sense, and name the flag."""
     for name, value in vars(args).items():
         if isinstance(value, str) and not (value.strip() and value.isprintable()):
             fail(f"--{name} {value!a}: not a printable text")
@@ -931,9 +931,9 @@ def start_accelerator(args) -> Accelerator:
         for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             libc.mallopt(option, 2**31 - 1) or libc.mallopt(option, 2**25)  # older versions take no more
     steps = args.gradient_accumulation_steps
-    os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(steps)  # a launcher's would count for more
+    os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(steps)  # a launcher's would take precedence
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if args.bf16 else "no"
-    timeout = timedelta(hours=2)  # of processes that wait for each other: for slow disks and hubs
+    timeout = timedelta(hours=2)  # of processes that wait for each other, for slow disks and hubs
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available():
         PartialState(cpu=True, timeout=timeout)  # makes gloo the backend
         if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
@@ -948,10 +948,8 @@ def start_accelerator(args) -> Accelerator:
         if config["zero_optimization"]["stage"] not in (1, 2) or "optimizer" in config:
             fail("DeepSpeed's configuration needs ZeRO stage 1 or 2, and no optimizer")
         config.pop("fp16", None)
-        config["bf16"] = {"enabled": args.bf16}
-        config["gradient_clipping"] = 0.0  # accelerate's default is 1.0
-        config["gradient_accumulation_steps"] = steps
-        config["train_micro_batch_size_per_gpu"] = args.local_micro_batch_size
+        config |= {"bf16": {"enabled": args.bf16}, "gradient_clipping": 0.0}  # accelerate's default is to clip at 1.0
+        config |= {"gradient_accumulation_steps": steps, "train_micro_batch_size_per_gpu": args.local_micro_batch_size}
         config["train_batch_size"] = args.local_micro_batch_size * steps * accelerator.num_processes
     if accelerator.num_processes > 1:
         # gloo's threads need Python's lock to free their last tensors: a process that exits earlier may abort or hang.
@@ -993,12 +991,6 @@ def open_run(args, accelerator: Accelerator, batch_size: int) -> dict:
         with explain("--track: wandb does not start (WANDB_MODE=offline needs no network)"):
             accelerator.init_trackers(args.wandb_project_name, config=vars(args), init_kwargs={"wandb": run})
     return record
-
-
-def fingerprint(token_ids: list[np.ndarray], model) -> str:
-    """A digest of the training data and the initial weights: a resumed run must start from the same."""
-    weights = [parameter.detach().flatten()[:1000].numpy() for parameter in model.parameters()]
-    return hashlib.sha256(b"".join(array.tobytes() for array in token_ids + weights)).hexdigest()
 
 
 def start_run(args, accelerator: Accelerator, record: dict, batch_size: int, digest: str) -> int:
@@ -1073,15 +1065,6 @@ def save_model(model, tokenizer, padding_side: str, output_dir: str):
             os.chmod(f"{temporary}/{name}", 0o644)  # safetensors writes files that only their owner can read
 
 
-def finish_run(args, accelerator: Accelerator, summary: dict):
-    """Write and print summary.json, and end the tracker."""
-    if accelerator.is_main_process:
-        text = json.dumps(summary, indent=2)
-        write_text(f"{args.output_dir}/summary.json", text + "\n")
-        print(f"{args.exp_name}: results, also in {args.output_dir}/summary.json\n{text}")
-    accelerator.end_training()
-
-
 def main():
     # 1. Flags and the output folder. Batch = micro-batch x accumulation x processes x minibatches.
     args = tyro.cli(Args, use_underscores=True, description=__doc__)
@@ -1117,12 +1100,14 @@ def main():
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         value_model.body.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = PolicyAndValue(policy, value_model, tokenizer.pad_token_id)
-    digest = fingerprint([post["tokens"] for post in posts], nn.ModuleList([policy, reward_model]))
+    # A digest of the data and of some initial weights: a resumed run must start from the same.
+    arrays = [post["tokens"] for post in posts]
+    for part in (policy, reward_model):
+        arrays += [parameter.detach().flatten()[:1000].numpy() for parameter in part.parameters()]
+    digest = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
     # Detail E (Adam): PyTorch adds eps after the bias correction, TensorFlow before: early steps differ.
     # Detail 20 (settings): eps 1e-5, weight decay 0.01, no gradient clipping, no entropy bonus.
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, eps=args.eps, betas=(0.9, 0.999), weight_decay=0.01, fused=True
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=args.eps, weight_decay=0.01, fused=True)
     model, optimizer = accelerator.prepare(model, optimizer)
     ref_policy = prepare_frozen(args, accelerator, ref_policy)
     reward_model = prepare_frozen(args, accelerator, reward_model)
@@ -1142,7 +1127,11 @@ def main():
         results = evaluate(args, accelerator, nets, eval_posts)
         log_metrics({"episode": summary["episodes"]} | results, args, accelerator)
         summary |= results | {"time/eval": time.time() - started}
-    finish_run(args, accelerator, summary)
+    if accelerator.is_main_process:
+        text = json.dumps(summary, indent=2)
+        write_text(f"{args.output_dir}/summary.json", text + "\n")
+        print(f"{args.exp_name}: results, also in {args.output_dir}/summary.json\n{text}")
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def train(args, accelerator: Accelerator, model, optimizer, pad_token_id: int, p
         rows = take_rows(len(pairs), args.seed, update * batch_size, (update + 1) * batch_size)
         sums = torch.zeros(len(names), device=accelerator.device)
         for mine in micro_batches(args, accelerator, rows, lengths):
-            # Detail 10 (RM training): chosen and rejected go through ONE forward pass.
+            # Detail 10 (RM training): chosen and rejected go through ONE forward pass, with the same padding.
             tokens = [pairs[i]["chosen"] for i in mine] + [pairs[i]["rejected"] for i in mine]
             token_ids = pad_rows(tokens, pad_token_id, "right", accelerator.device)  # (B, T)
             with accelerator.accumulate(model):
@@ -176,7 +176,7 @@ def lr_lambda(update: int, num_updates: int, warm_up_steps: int) -> float:
 
 def pairwise_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
     """Bradley-Terry: -log of the probability sigmoid(chosen - rejected) of the human choice. (B / 2,) each."""
-    return -F.logsigmoid(chosen - rejected)  # not log(sigmoid()), which underflows for large differences
+    return -F.logsigmoid(chosen - rejected)  # not log(sigmoid()), which underflows where chosen is far below rejected
 
 
 class RewardModel(nn.Module):
@@ -205,8 +205,8 @@ class RewardModel(nn.Module):
 
 def init_head(model):
     """Initialise the scalar head of a new reward model."""
-    # Detail 11 (head): N(0, 1/sqrt(d+1)), so that scores begin near unit variance; std 1/(d+1), as an older paper has
-    # it, is a typo. No bias: a difference of two scores could not train it.
+    # Detail 11 (head): normal with standard deviation 1/sqrt(d+1), so that scores begin near unit variance. A standard
+    # deviation of 1/(d+1), as an older paper has it, is a typo. No bias: two scores' difference could not train it.
     nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
 
 
@@ -256,7 +256,7 @@ def accuracy_rows(margins: pd.Series, groups: pd.Series) -> list[dict]:
 
 
 def evaluate(args, accelerator: Accelerator, model: RewardModel, pad_token_id: int, pairs, cnndm, posts) -> dict:
-    """Everything that is measured of a reward model; writes the tables, returns the main figures."""
+    """All measurements on a reward model; writes the tables, returns the main figures."""
     offset = model.classifier.config.normalization_offset
     tables = []
     for rows in (pairs[: args.max_eval_rows], cnndm[: args.max_eval_rows]):
@@ -273,7 +273,7 @@ def evaluate(args, accelerator: Accelerator, model: RewardModel, pad_token_id: i
     if not accelerator.is_main_process:
         return {}
     # Detail 16 (accuracy): overall, by batch, by the confidence of the label, by pair of policies.
-    # Detail 17 (out of distribution): the same, unchanged, on news articles.
+    # Detail 17 (out of distribution): by batch on news articles, with the model as it is.
     # Detail 19 (calibration): published models are over-confident at every margin.
     groups = {"batch": table.batch, "confidence": table.confidence, "policy pair": table.policies}
     report = {f"accuracy by {name}": accuracy_rows(table.margin, group) for name, group in groups.items()}
@@ -433,7 +433,7 @@ def make_query(tokenizer, head: str, body: str, tail: str, max_tokens: int) -> t
             return query, token_ids
         if not body:
             return "", []
-        # A character is at most four tokens (UTF-8), so no shorter cut than this can fit.
+        # A character is at most four tokens (UTF-8), so a shorter cut than this hardly ever fits.
         end = len(body) - max(1, excess // 4)
         newline = body.rfind("\n", 0, end + 1)
         body = body[: end if newline < 0 else newline]
@@ -560,14 +560,16 @@ def read_comparison(row: dict) -> dict:
     return pair
 
 
-def tokenize_comparison(row: dict, tokenizer, limits: tuple[int, int, int]) -> dict:
+def tokenize_comparison(row: dict, tokenizer, limits: tuple, news_limits: tuple) -> dict:
     """
     A raw comparison -> `chosen` and `rejected`, ids of query and summary, EOS last; `query_length`, in tokens; and the
-    rest of `read_comparison`. limits: of query, summary, and both, in tokens.
+    rest of `read_comparison`. limits: of query, summary, and both, in tokens; news_limits: those of CNN/DM.
     """
     pair = read_comparison(row)
     if pair["problem"]:
         return pair
+    if pair["batch"] in CNNDM_BATCHES:
+        limits = news_limits
     query, token_ids = make_query(tokenizer, *pair["query"], limits[0])
     if not query:
         return pair | {"problem": f"the post cannot be cut to {limits[0]} query tokens"}
@@ -587,7 +589,7 @@ def tokenize_comparison(row: dict, tokenizer, limits: tuple[int, int, int]) -> d
     return pair
 
 
-def load_comparisons(args, split: str, tokenizer, limits: tuple[int, int, int], accelerator: Accelerator) -> list[dict]:
+def load_comparisons(args, split: str, tokenizer, limits: tuple, news_limits: tuple, accelerator) -> list[dict]:
     """One split of comparisons, formatted and tokenized; unusable rows are named and left out."""
     columns = ["info", "summaries", "choice", "batch", "extra", "prompt", "chosen", "rejected"]
     rows = read_rows(args.label_dataset, split, columns, "--label_dataset")
@@ -596,7 +598,7 @@ def load_comparisons(args, split: str, tokenizer, limits: tuple[int, int, int], 
         # One odd choice means another convention (1 and 2, true and false), and then all pairs may be inverted.
         if "chosen" not in row and (isinstance(row.get("choice"), bool) or row.get("choice") not in (0, 1)):
             fail(f"{where}: row {number} has choice {row.get('choice')!r}: needed are only 0 and 1")
-    return keep_usable([tokenize_comparison(row, tokenizer, limits) for row in rows], where, accelerator)
+    return keep_usable([tokenize_comparison(row, tokenizer, limits, news_limits) for row in rows], where, accelerator)
 
 
 def load_evaluation(args, config, tokenizer, accelerator: Accelerator) -> tuple[list[dict], list[dict], list[dict]]:
@@ -605,18 +607,16 @@ def load_evaluation(args, config, tokenizer, accelerator: Accelerator) -> tuple[
     # News articles are long: a row longer than the model's positions is left out.
     longest = min(args.max_cnndm_query_response_length, getattr(config, "max_position_embeddings", None) or math.inf)
     news_limits = (min(args.max_cnndm_query_length, longest), args.max_cnndm_response_length, longest)
-    pairs = load_comparisons(args, args.eval_split, tokenizer, limits, accelerator)
-    # CNN/DM rows: a split of their own, among the others as in OpenAI's own files, or absent.
-    news = []
-    if os.path.isdir(args.label_dataset):
-        own_split = any(Path(args.label_dataset).rglob("validation_cnndm*"))
-    else:
-        own_split = "validation_cnndm" in get_dataset_split_names(args.label_dataset)
+    # CNN/DM rows: among the others as in OpenAI's own files, in a split of their own, or absent.
+    pairs = load_comparisons(args, args.eval_split, tokenizer, limits, news_limits, accelerator)
+    news = [pair for pair in pairs if pair["batch"] in CNNDM_BATCHES]
+    with explain(f"--label_dataset {args.label_dataset}: its splits cannot be listed"):
+        if os.path.isdir(args.label_dataset):
+            own_split = any(Path(args.label_dataset).rglob("validation_cnndm*"))
+        else:
+            own_split = "validation_cnndm" in get_dataset_split_names(args.label_dataset)
     if own_split:
-        news = load_comparisons(args, "validation_cnndm", tokenizer, news_limits, accelerator)
-    elif any(pair["batch"] in CNNDM_BATCHES for pair in pairs):
-        everything = load_comparisons(args, args.eval_split, tokenizer, news_limits, accelerator)
-        news = [pair for pair in everything if pair["batch"] in CNNDM_BATCHES]
+        news += load_comparisons(args, "validation_cnndm", tokenizer, news_limits, news_limits, accelerator)
     pairs = [pair for pair in pairs if pair["batch"] not in CNNDM_BATCHES]
     if not pairs:
         fail(f"--label_dataset {args.label_dataset}: split {args.eval_split} has no TL;DR pair that can be used")
@@ -643,11 +643,11 @@ def explain(message: str):
 
 @contextmanager
 def atomic(path: str):
-    """Write a file or a folder to a temporary name, which this gives, and rename it at the end."""
+    """Yield a temporary path for a file or a folder; at the end it is renamed to `path`, after an error removed."""
     temporary = f"{path}.tmp"
     try:
         with explain(f"{path} cannot be written: make room, then continue with --resume"):
-            shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+            shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed
             yield temporary
             os.sync()
             shutil.rmtree(path, ignore_errors=True)
@@ -663,7 +663,7 @@ def write_text(path: str, text: str):
 
 
 def check_flags(args, may_be_zero: str, any_number: str = ""):
-    """Refuse values that make no sense, by the name of their flag."""
+    """Refuse flag values that make no sense, and name the flag."""
     for name, value in vars(args).items():
         if isinstance(value, str) and not (value.strip() and value.isprintable()):
             fail(f"--{name} {value!a}: not a printable text")
@@ -683,9 +683,9 @@ def start_accelerator(args) -> Accelerator:
         for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             libc.mallopt(option, 2**31 - 1) or libc.mallopt(option, 2**25)  # older versions take no more
     steps = args.gradient_accumulation_steps
-    os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(steps)  # a launcher's would count for more
+    os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(steps)  # a launcher's would take precedence
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if args.bf16 else "no"
-    timeout = timedelta(hours=2)  # of processes that wait for each other: for slow disks and hubs
+    timeout = timedelta(hours=2)  # of processes that wait for each other, for slow disks and hubs
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available():
         PartialState(cpu=True, timeout=timeout)  # makes gloo the backend
         if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
@@ -700,10 +700,8 @@ def start_accelerator(args) -> Accelerator:
         if config["zero_optimization"]["stage"] not in (1, 2) or "optimizer" in config:
             fail("DeepSpeed's configuration needs ZeRO stage 1 or 2, and no optimizer")
         config.pop("fp16", None)
-        config["bf16"] = {"enabled": args.bf16}
-        config["gradient_clipping"] = 0.0  # accelerate's default is 1.0
-        config["gradient_accumulation_steps"] = steps
-        config["train_micro_batch_size_per_gpu"] = args.local_micro_batch_size
+        config |= {"bf16": {"enabled": args.bf16}, "gradient_clipping": 0.0}  # accelerate's default is to clip at 1.0
+        config |= {"gradient_accumulation_steps": steps, "train_micro_batch_size_per_gpu": args.local_micro_batch_size}
         config["train_batch_size"] = args.local_micro_batch_size * steps * accelerator.num_processes
     if accelerator.num_processes > 1:
         # gloo's threads need Python's lock to free their last tensors: a process that exits earlier may abort or hang.
@@ -745,12 +743,6 @@ def open_run(args, accelerator: Accelerator, batch_size: int) -> dict:
         with explain("--track: wandb does not start (WANDB_MODE=offline needs no network)"):
             accelerator.init_trackers(args.wandb_project_name, config=vars(args), init_kwargs={"wandb": run})
     return record
-
-
-def fingerprint(token_ids: list[np.ndarray], model) -> str:
-    """A digest of the training data and the initial weights: a resumed run must start from the same."""
-    weights = [parameter.detach().flatten()[:1000].numpy() for parameter in model.parameters()]
-    return hashlib.sha256(b"".join(array.tobytes() for array in token_ids + weights)).hexdigest()
 
 
 def start_run(args, accelerator: Accelerator, record: dict, batch_size: int, digest: str) -> int:
@@ -825,15 +817,6 @@ def save_model(model, tokenizer, padding_side: str, output_dir: str):
             os.chmod(f"{temporary}/{name}", 0o644)  # safetensors writes files that only their owner can read
 
 
-def finish_run(args, accelerator: Accelerator, summary: dict):
-    """Write and print summary.json, and end the tracker."""
-    if accelerator.is_main_process:
-        text = json.dumps(summary, indent=2)
-        write_text(f"{args.output_dir}/summary.json", text + "\n")
-        print(f"{args.exp_name}: results, also in {args.output_dir}/summary.json\n{text}")
-    accelerator.end_training()
-
-
 def main():
     # 1. Flags, tokenizer and data. Batch = micro-batch x accumulation x processes.
     args = tyro.cli(Args, use_underscores=True, description=__doc__)
@@ -846,7 +829,7 @@ def main():
     path = model_folder(args.reward_model_path or args.sft_model_path)
     tokenizer = load_tokenizer(path, flag)
     limits = (args.max_query_length, args.max_response_length, args.max_query_response_length)
-    pairs = load_comparisons(args, "train", tokenizer, limits, accelerator)
+    pairs = load_comparisons(args, "train", tokenizer, limits, limits, accelerator)
     posts = load_posts(args, "train", tokenizer, accelerator)
     episodes = len(pairs) * args.num_train_epochs if args.total_episodes is None else args.total_episodes
     num_updates = episodes // batch_size
@@ -863,12 +846,12 @@ def main():
         classifier.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     evaluation = load_evaluation(args, classifier.config, tokenizer, accelerator) if args.run_eval else ()
     model = RewardModel(classifier)
-    token_ids = [pair[side] for pair in pairs for side in ("chosen", "rejected")]
-    digest = fingerprint(token_ids + [post["tokens"] for post in posts], model)
+    # A digest of the data and of some initial weights: a resumed run must start from the same.
+    arrays = [pair[side] for pair in pairs for side in ("chosen", "rejected")] + [post["tokens"] for post in posts]
+    arrays += [parameter.detach().flatten()[:1000].numpy() for parameter in model.parameters()]
+    digest = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
     # Detail 10 (settings): AdamW with eps 1e-5, PyTorch's weight decay of 0.01, no warm-up, no gradient clipping.
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, eps=args.eps, betas=(0.9, 0.999), weight_decay=0.01, fused=True
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=args.eps, weight_decay=0.01, fused=True)
     model, optimizer = accelerator.prepare(model, optimizer)
 
     # 3. Train, normalise, save, evaluate.
@@ -890,7 +873,11 @@ def main():
         results = evaluate(args, accelerator, model, tokenizer.pad_token_id, *evaluation)
         log_metrics({"episode": summary["episodes"]} | results, args, accelerator)
         summary |= results | {"time/eval": time.time() - started}
-    finish_run(args, accelerator, summary)
+    if accelerator.is_main_process:
+        text = json.dumps(summary, indent=2)
+        write_text(f"{args.output_dir}/summary.json", text + "\n")
+        print(f"{args.exp_name}: results, also in {args.output_dir}/summary.json\n{text}")
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ samples_<split>.csv. The same command with --resume continues after an interrupt
 Deliberate differences from the code of the paper (arXiv 2403.17031); the README has the complete list
     1. Raw columns are read, formatted and tokenized here; nothing has to be preprocessed by another script.
     2. Rows are padded to the longest of their micro-batch, which holds rows of similar length, not to 562 tokens; there
-       is no attention mask, since a causal model never looks at the padding on the right. The numbers are the same.
+       is no attention mask, since a causal model never looks at the padding on the right. The numbers are the same
+       but for rounding.
     3. The loss is a mean over the tokens of the global batch. The published code takes the mean of the means of
        micro-batches, so there a token's weight depends on how the batch is cut.
 
@@ -230,24 +231,27 @@ def evaluate(args, accelerator: Accelerator, model, tokenizer, posts: list[dict]
     pad = tokenizer.pad_token_id
     seed_everything(args.seed, rank, update=0)
     policy = accelerator.unwrap_model(model).eval()
-    loss_sum = 0.0
     samples = []
     for start in tqdm(range(0, len(mine), size), desc="evaluation", disable=rank > 0):
         part = mine[start : start + size]
         with accelerator.autocast():
-            loss_sum -= target_logprobs(args, accelerator, policy, part, pad).sum().item()
+            logprobs = target_logprobs(args, accelerator, policy, part, pad)  # (B, T)
         tokens = [post["query_tokens"] for post in part]
         batch = sample_responses(args, accelerator, policy, tokenizer, tokens, args.eval_temperature, size)
-        texts = tokenizer.batch_decode(batch["responses"], skip_special_tokens=True)
-        lengths = (batch["responses"] != pad).sum(1).tolist()
-        for post, text, length in zip(part, texts, lengths):
-            sample = {"response": text.strip(), "reference": post["reference"].strip(), "response_length": length}
-            samples.append(post | sample)
-    loss_sums = gather_object([loss_sum])
-    samples = gather_object(samples)
+        responses = batch["responses"]
+        columns = {
+            "loss": -logprobs.sum(1),
+            "response_length": (responses != pad).sum(1),
+            "eos_share": (responses == tokenizer.eos_token_id).any(1),
+        }
+        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        for i, post in enumerate(part):
+            numbers = {name: column[i].item() for name, column in columns.items()}
+            samples.append(post | numbers | {"response": texts[i].strip(), "reference": post["reference"].strip()})
+    samples = pd.DataFrame(gather_object(samples))
     if rank > 0:
         return {}
-    table = pd.DataFrame(samples)[["id", "query", "response", "reference"]]
+    table = samples[["id", "query", "response", "reference"]]
     csv_text = table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC)  # an unquoted "\r" in a text would end its row
     write_text(f"{args.output_dir}/samples_{args.eval_split}.csv", csv_text)
     # ROUGE as published, without stemming: n-gram overlap with the reference (1, 2), longest common subsequence (L).
@@ -256,8 +260,8 @@ def evaluate(args, accelerator: Accelerator, model, tokenizer, posts: list[dict]
     scorer = RougeScorer(kinds, use_stemmer=False)
     scores = [scorer.score(reference, response) for reference, response in zip(table.reference, table.response)]
     num_targets = sum(len(post["tokens"]) - first_target(args, post) for post in posts)
-    results = {"eval/rows": len(samples), "eval/loss": sum(loss_sums) / num_targets}
-    results["eval/response_length"] = float(np.mean([sample["response_length"] for sample in samples]))
+    results = {"eval/rows": len(samples), "eval/loss": float(samples.loss.sum() / num_targets)}
+    results |= {f"eval/{name}": float(samples[name].mean()) for name in ("response_length", "eos_share")}
     return results | {f"eval/{kind}": float(np.mean([score[kind].fmeasure for score in scores])) for kind in kinds}
 
 
@@ -395,7 +399,7 @@ def make_query(tokenizer, head: str, body: str, tail: str, max_tokens: int) -> t
             return query, token_ids
         if not body:
             return "", []
-        # A character is at most four tokens (UTF-8), so no shorter cut than this can fit.
+        # A character is at most four tokens (UTF-8), so a shorter cut than this hardly ever fits.
         end = len(body) - max(1, excess // 4)
         newline = body.rfind("\n", 0, end + 1)
         body = body[: end if newline < 0 else newline]
@@ -510,11 +514,11 @@ def explain(message: str):
 
 @contextmanager
 def atomic(path: str):
-    """Write a file or a folder to a temporary name, which this gives, and rename it at the end."""
+    """Yield a temporary path for a file or a folder; at the end it is renamed to `path`, after an error removed."""
     temporary = f"{path}.tmp"
     try:
         with explain(f"{path} cannot be written: make room, then continue with --resume"):
-            shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+            shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed
             yield temporary
             os.sync()
             shutil.rmtree(path, ignore_errors=True)
@@ -530,7 +534,7 @@ def write_text(path: str, text: str):
 
 
 def check_flags(args, may_be_zero: str, any_number: str = ""):
-    """Refuse values that make no sense, by the name of their flag."""
+    """Refuse flag values that make no sense, and name the flag."""
     for name, value in vars(args).items():
         if isinstance(value, str) and not (value.strip() and value.isprintable()):
             fail(f"--{name} {value!a}: not a printable text")
@@ -550,9 +554,9 @@ def start_accelerator(args) -> Accelerator:
         for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             libc.mallopt(option, 2**31 - 1) or libc.mallopt(option, 2**25)  # older versions take no more
     steps = args.gradient_accumulation_steps
-    os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(steps)  # a launcher's would count for more
+    os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(steps)  # a launcher's would take precedence
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if args.bf16 else "no"
-    timeout = timedelta(hours=2)  # of processes that wait for each other: for slow disks and hubs
+    timeout = timedelta(hours=2)  # of processes that wait for each other, for slow disks and hubs
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available():
         PartialState(cpu=True, timeout=timeout)  # makes gloo the backend
         if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
@@ -567,10 +571,8 @@ def start_accelerator(args) -> Accelerator:
         if config["zero_optimization"]["stage"] not in (1, 2) or "optimizer" in config:
             fail("DeepSpeed's configuration needs ZeRO stage 1 or 2, and no optimizer")
         config.pop("fp16", None)
-        config["bf16"] = {"enabled": args.bf16}
-        config["gradient_clipping"] = 0.0  # accelerate's default is 1.0
-        config["gradient_accumulation_steps"] = steps
-        config["train_micro_batch_size_per_gpu"] = args.local_micro_batch_size
+        config |= {"bf16": {"enabled": args.bf16}, "gradient_clipping": 0.0}  # accelerate's default is to clip at 1.0
+        config |= {"gradient_accumulation_steps": steps, "train_micro_batch_size_per_gpu": args.local_micro_batch_size}
         config["train_batch_size"] = args.local_micro_batch_size * steps * accelerator.num_processes
     if accelerator.num_processes > 1:
         # gloo's threads need Python's lock to free their last tensors: a process that exits earlier may abort or hang.
@@ -612,12 +614,6 @@ def open_run(args, accelerator: Accelerator, batch_size: int) -> dict:
         with explain("--track: wandb does not start (WANDB_MODE=offline needs no network)"):
             accelerator.init_trackers(args.wandb_project_name, config=vars(args), init_kwargs={"wandb": run})
     return record
-
-
-def fingerprint(token_ids: list[np.ndarray], model) -> str:
-    """A digest of the training data and the initial weights: a resumed run must start from the same."""
-    weights = [parameter.detach().flatten()[:1000].numpy() for parameter in model.parameters()]
-    return hashlib.sha256(b"".join(array.tobytes() for array in token_ids + weights)).hexdigest()
 
 
 def start_run(args, accelerator: Accelerator, record: dict, batch_size: int, digest: str) -> int:
@@ -692,15 +688,6 @@ def save_model(model, tokenizer, padding_side: str, output_dir: str):
             os.chmod(f"{temporary}/{name}", 0o644)  # safetensors writes files that only their owner can read
 
 
-def finish_run(args, accelerator: Accelerator, summary: dict):
-    """Write and print summary.json, and end the tracker."""
-    if accelerator.is_main_process:
-        text = json.dumps(summary, indent=2)
-        write_text(f"{args.output_dir}/summary.json", text + "\n")
-        print(f"{args.exp_name}: results, also in {args.output_dir}/summary.json\n{text}")
-    accelerator.end_training()
-
-
 def main():
     # 1. Flags, tokenizer and data. Batch = micro-batch x accumulation x processes.
     args = tyro.cli(Args, use_underscores=True, description=__doc__)
@@ -724,11 +711,12 @@ def main():
     model = load_causal_lm(path, tokenizer, positions, "--base_model")
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    digest = fingerprint([post["tokens"] for post in posts], model)
+    # A digest of the data and of some initial weights: a resumed run must start from the same.
+    arrays = [post["tokens"] for post in posts]
+    arrays += [parameter.detach().flatten()[:1000].numpy() for parameter in model.parameters()]
+    digest = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
     # Detail 9 (settings): AdamW with eps 1e-5, PyTorch's weight decay of 0.01, no warm-up, no gradient clipping.
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, eps=args.eps, betas=(0.9, 0.999), weight_decay=0.01, fused=True
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=args.eps, weight_decay=0.01, fused=True)
     model, optimizer = accelerator.prepare(model, optimizer)
 
     # 3. Train, save, evaluate.
@@ -744,7 +732,11 @@ def main():
         results = evaluate(args, accelerator, model, tokenizer, eval_posts)
         log_metrics({"episode": summary["episodes"]} | results, args, accelerator)
         summary |= results | {"time/eval": time.time() - started}
-    finish_run(args, accelerator, summary)
+    if accelerator.is_main_process:
+        text = json.dumps(summary, indent=2)
+        write_text(f"{args.output_dir}/summary.json", text + "\n")
+        print(f"{args.exp_name}: results, also in {args.output_dir}/summary.json\n{text}")
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ launch=(python)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # the matrices are too small for two threads to help
 [ "$PROCESSES" = 1 ] || launch=(accelerate launch --config_file "$CONFIG" --num_processes "$PROCESSES")
 case $SIZE in
-  full)  world=(); sft_rows=10000; pairs=20000; episodes=2048; norm=2000 ;;
+  full)  world=(); sft_rows=8000; pairs=16000; episodes=2560; norm=2000 ;;
   smoke) world=(--num_values 4 --max_fillers 0 --distractor_share 0 --num_train_posts 4000 --num_train_pairs 4000
                 --num_validation_posts 100 --num_test_posts 100
                 --num_validation_pairs 200 --num_test_pairs 200 --num_cnndm_pairs 30)
@@ -47,8 +47,8 @@ stage() {
 }
 
 # What the tiny environment needs, and the paper does not: a small model learns in minutes with one learning rate of
-# 1.5e-4 (not 3e-6) after a short warm-up, in small batches.
-tiny=(--resume --seed "$SEED" --query_dataset "$WORLD/posts" --lr 1.5e-4 --eval_split "$SPLIT" --run_eval)
+# 4e-4 (not 3e-6) after a short warm-up, in small batches.
+tiny=(--resume --seed "$SEED" --query_dataset "$WORLD/posts" --lr 4e-4 --eval_split "$SPLIT" --run_eval)
 tiny+=(--local_eval_batch_size 200)
 
 stage world "$WORLD" tiny_env.json \
@@ -60,7 +60,7 @@ stage reward "$OUT/reward" summary.json "${launch[@]}" reward.py "${tiny[@]}" --
   --local_micro_batch_size $((8 / PROCESSES)) --normalization_rows $norm --output_dir "$OUT/reward"
 stage ppo "$OUT/ppo" summary.json "${launch[@]}" ppo.py "${tiny[@]}" --sft_model_path "$OUT/sft" \
   --reward_model_path "$OUT/reward" --total_episodes $episodes --local_micro_batch_size $((64 / PROCESSES)) \
-  --gradient_accumulation_steps 2 --local_rollout_forward_batch_size 128 --response_length 28 --output_dir "$OUT/ppo"
+  --gradient_accumulation_steps 4 --local_rollout_forward_batch_size 128 --response_length 28 --output_dir "$OUT/ppo"
 
 # The judge is a real server on this machine; eval_judge.py asks it as it would ask any other.
 [ -e "$OUT/judge/summary.json" ] || rm -rf "$OUT/judge"

@@ -1,7 +1,7 @@
 """
 What is each implementation detail worth? Every diff in this folder against the unchanged scripts, seed by seed.
 
-    python benchmark/ablations/ablate.py                          # all diffs, 16 seeds: a night and more on two cores
+    python benchmark/ablations/ablate.py                          # all diffs, 16 seeds: some nights on two cores
     python benchmark/ablations/ablate.py --only no_kl dropout     # some; the report is of all that have been run
     python benchmark/ablations/ablate.py --only baseline --world_seed 2     # the unchanged scripts in another world
     python benchmark/ablations/ablate.py --smoke --seeds 1        # a small world, two updates of PPO
@@ -11,7 +11,7 @@ unchanged scripts. Only the stages from the first changed script on are run agai
 flag whose default a diff changes is left out of the command, so that the diff decides. A diff begins with its header:
     title, detail, changes, expected, note    for the reader; `detail` refers to the table of details in the README
     stages                                    the stages that are run again
-    processes: 2                              compared with a baseline whose reward model and PPO ran in two
+    processes: 4                              compared with a baseline whose reward model and PPO ran in four
     flags: STAGE --NAME VALUE ...             flags of that stage, for the diff and for a baseline with the same flags
 
 The baseline is the quickstart. What is measured of a run, on the 600 test posts at the evaluation temperature of 0.01:
@@ -23,14 +23,15 @@ The baseline is the quickstart. What is measured of a run, on the 600 test posts
     accuracy, rm_loss, sft_loss, rougeL, sft_win_rate, sft_gold        of the stages before PPO
 
 The verdict, fixed before any run. Differences are ablation minus baseline in the gold score, paired by seed. A run that
-ends with an error counts with the gold score of its SFT model: PPO has given nothing.
+diverges (a loss that is not finite) counts with the gold score of the baseline's SFT model: PPO has given nothing.
     matters                  the p-value of the paired t-test, corrected by Holm for all ablations, is below 0.05
     worth less than a tenth  else, if the 95% t-interval, uncorrected, lies within a tenth of what PPO gains over SFT
     undecided                else
 
 benchmark/results/ablations.jsonl has one line per run, added when the run ends; a run that has one is not repeated, and
-one that was interrupted goes on with its first unfinished stage. Lines of other scripts stay: each names its commit.
-Delete those to be run again.
+one that was interrupted goes on with its first unfinished stage. On another machine the models of a baseline are made
+again where a run that is missing needs them. Lines of other scripts stay: each names its commit. Delete those to be run
+again.
 """
 
 import json
@@ -40,7 +41,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 from datetime import date
@@ -55,7 +55,7 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmark.systems.processes import ROOT, Jobs, describe_machine, launch, save_figure, write_atomically  # noqa: E402
 from benchmark.tiny_world.gold import load_samples, mean_interval, scores  # noqa: E402
-from benchmark.tiny_world.tiny_env import fail, load_facts  # noqa: E402
+from benchmark.tiny_world.tiny_env import WORLD_VERSION, fail, load_facts  # noqa: E402
 from eval_judge import load_length, log_length_ratio  # noqa: E402
 
 DIFFS = ROOT / "benchmark" / "ablations"
@@ -67,7 +67,7 @@ class Args:
     seeds: tuple[int, ...] = tuple(range(1, 17))  # of the runs; an ablation is compared with the baseline seed by seed
     only: tuple[str, ...] = ()  # names of the ablations to run (their baselines are run as well); default: all
     world_seed: int = 1  # seed of the tiny world
-    jobs: int = 2  # runs side by side, one thread each; runs of two processes are made one at a time
+    jobs: int = 2  # runs side by side, one thread each; runs of several processes are made one at a time
     work_dir: Path = Path("runs/ablations")  # folder for the worlds and the runs
     out: Optional[Path] = None
     """file for the runs (.jsonl), with tables (.md) and picture (.png) beside it. Default:
@@ -79,12 +79,12 @@ class Args:
 # ---- The setting -----------------------------------------------------------------------------------------------------
 # What differs from the scripts' defaults, as in quickstart.sh.
 FLAGS = {
-    "sft": dict(total_episodes=10000, lr=1.5e-4, warm_up_steps=50, local_micro_batch_size=16, response_length=28),
+    "sft": dict(total_episodes=8000, lr=4e-4, warm_up_steps=50, local_micro_batch_size=16, response_length=28),
     "reward": dict(
-        total_episodes=20000, lr=1.5e-4, warm_up_steps=50, local_micro_batch_size=8, normalization_rows=2000
+        total_episodes=16000, lr=4e-4, warm_up_steps=50, local_micro_batch_size=8, normalization_rows=2000
     ),
     "ppo": dict(
-        total_episodes=2048, lr=1.5e-4, local_micro_batch_size=64, gradient_accumulation_steps=2,
+        total_episodes=2560, lr=4e-4, local_micro_batch_size=64, gradient_accumulation_steps=4,
         local_rollout_forward_batch_size=128, response_length=28,
     ),
 }  # fmt: skip
@@ -145,13 +145,13 @@ def parse_header(text: str) -> dict:
     return fields
 
 
-def parse_diff(path: Path, baseline: Variant, pair: Variant) -> Variant:
+def parse_diff(path: Path, baseline: Variant, several: Variant) -> Variant:
     """An ablation from its diff, with the baseline that it is compared with."""
     text = path.read_text(encoding="utf-8")
     header, scripts = parse_header(text), re.findall(r"^\+\+\+ b/(\w+)\.py", text, re.M)
     variant = Variant(path.stem, first=min(scripts, key=STAGES.index), path=path, header=header)
     variant.processes = int(header.get("processes", 1))
-    variant.base = pair if variant.processes == 2 else baseline
+    variant.base = several if variant.processes > 1 else baseline
     for part in re.split(r"^--- .*\n", text, flags=re.M)[1:]:
         stage = re.match(r"\+\+\+ b/(\w+)\.py", part).group(1)
         # A field of Args, such as "+    kl_coef: float = 0.0".
@@ -168,8 +168,8 @@ def parse_diff(path: Path, baseline: Variant, pair: Variant) -> Variant:
 def load_variants() -> list[Variant]:
     """All ablations, in the order of the alphabet; their baselines are reached through them."""
     baseline = Variant("baseline")
-    pair = Variant("baseline-2-processes", baseline, first="reward", processes=2)
-    return [parse_diff(path, baseline, pair) for path in sorted(DIFFS.glob("*.diff"))]
+    several = Variant("baseline-4-processes", baseline, first="reward", processes=4)
+    return [parse_diff(path, baseline, several) for path in sorted(DIFFS.glob("*.diff"))]
 
 
 def with_baselines(variants: list[Variant]) -> list[Variant]:
@@ -207,7 +207,8 @@ class Harness:
     def __init__(self, args: Args, split: str, seeds: tuple[int, ...]):
         self.args, self.split, self.seeds = args, split, seeds
         # Two kernels round differently, which is as good as another seed.
-        self.where = {"world": args.world_seed, "kernels": torch.backends.cpu.get_cpu_capability(), "split": split}
+        kernels = torch.backends.cpu.get_cpu_capability()
+        self.where = {"version": WORLD_VERSION, "world": args.world_seed, "kernels": kernels, "split": split}
         name = f"{'smoke' if args.smoke else 'full'}-{'-'.join(map(str, self.where.values()))}"
         self.root = Path(args.work_dir, name).resolve()
         self.world = self.root / "world"
@@ -216,6 +217,8 @@ class Harness:
         # One thread per process, no network, no GPU.
         environment = dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", DS_ACCELERATOR="cpu")
         self.jobs = Jobs(**environment, TOKENIZERS_PARALLELISM="false")
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        self.commit = commit.stdout.strip()  # of the scripts that are copied now
 
     def runs(self) -> list[dict]:
         """All runs that are recorded, of other worlds, kernels and splits too."""
@@ -263,47 +266,59 @@ class Harness:
         config = "cpu_ddp.yaml" if variant.processes > 1 else None
         return launch(self.root / variant.name / "scripts" / f"{stage}.py", words, config, variant.processes)
 
-    def run(self, variant: Variant, seed: int):
-        """The stages of one variant and seed, one after the other, and its line in the file of all runs."""
-        recorded = self.recorded(variant, seed)
-        if recorded and not variant.is_baseline:
-            return
-        begin, error = time.time(), ""
-        # What stands on a baseline needs its models: on a fresh machine they are made again.
-        for stage in variant.stages[:-1] if recorded else variant.stages:
+    def run(self, variant: Variant, seed: int, whole: bool):
+        """
+        The stages of one variant and seed, one after the other, and its line in the file of all runs. Of a baseline that
+        is not `whole`, only the models that others stand on.
+        """
+        costs, error = [], ""
+        for stage in variant.stages if whole else variant.stages[:-1]:
             folder = self.folder(variant, seed, stage)
             log = folder.with_name(f"{stage}.log")
+            cost = folder.with_name(f"{stage}.cost")
             folder.parent.mkdir(parents=True, exist_ok=True)
             code = self.jobs.run(self.command(variant, seed, stage), log)
-            if code < 0:  # ended by a signal, which says nothing of the ablation
-                return
-            if code > 0:
-                lines = [line for line in log.read_text(errors="replace").splitlines() if "error" in line.lower()]
-                error = f"{stage}: {(lines or [f'exit code {code}, see {log}'])[-1].strip()[:300]}"
+            if code != 0:
+                found = re.findall(r"error: (.* not finite .*)", log.read_text(errors="replace"))
+                if not found or variant.is_baseline:  # such an end says nothing of the ablation
+                    print(f"{variant.name}, seed {seed}: {stage} has ended with {code}, see {log}", flush=True)
+                    return
+                error = f"{stage}: {found[-1][:300]}"
                 break
-        if error and variant.is_baseline:
-            fail(f"a baseline failed, there is nothing to compare with: {error}")
-        if recorded:
+            if not cost.exists():  # else the stage had ended before, and this command has found nothing to do
+                write_atomically(cost, json.dumps(self.jobs.cost[log]))
+            costs.append(json.loads(cost.read_text()))
+        if not whole:
             return
         result = {"error": error} if error else self.measure(variant, seed)
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-        about = {"commit": commit.stdout.strip(), "date": date.today().isoformat(), "machine": describe_machine()}
-        about |= {"seconds": round(time.time() - begin), "peak_gib": round(self.jobs.peak_gib[log], 3)}
+        about = {"commit": self.commit, "date": date.today().isoformat(), "machine": describe_machine()}
+        about |= {name: round(sum(cost[name] for cost in costs)) for name in ("seconds", "cpu_seconds")}
+        about |= {"peak_gib": round(max([cost["peak_gib"] for cost in costs], default=0), 3)}
         with open(self.out, "a", encoding="utf-8") as file:
             file.write(json.dumps(self.where | {"variant": variant.name, "seed": seed} | result | about) + "\n")
         if not variant.is_baseline:  # nothing stands on it
             shutil.rmtree(self.root / variant.name / f"seed{seed}")
         print(f"{variant.name}, seed {seed}: {about['seconds']} s, {result}", flush=True)
 
-    def run_all(self, variants: list[Variant]):
-        """All runs: baselines before what stands on them; runs of one process side by side, those of two alone."""
-        for depth, processes in sorted({(variant.depth, variant.processes) for variant in variants}):
-            chosen = [v for v in variants if (v.depth, v.processes) == (depth, processes)]
-            items = [(variant, seed) for variant in chosen for seed in self.seeds]
+    def run_all(self, variants: list[Variant]) -> list[tuple[str, int]]:
+        """
+        All runs that are not recorded, and what they stand on: baselines first; runs of one process side by side, those
+        of several alone. Returns the runs that did not end.
+        """
+        missing = [(variant, seed) for variant in variants for seed in self.seeds if not self.recorded(variant, seed)]
+        whole = {(variant.name, seed) for variant, seed in missing}
+        needed = {(part.name, seed) for variant, seed in missing for part in self.parts(variant)}
+        parts = with_baselines(variants)
+        for depth, processes in sorted({(variant.depth, variant.processes) for variant in parts}):
+            chosen = [v for v in parts if (v.depth, v.processes) == (depth, processes)]
+            runs = [(v, seed) for v in chosen for seed in self.seeds if (v.name, seed) in needed]
+            items = [(v, seed, (v.name, seed) in whole) for v, seed in runs]
             self.jobs.map(self.run, items, self.args.jobs if processes == 1 else 1)
-        missing = [(v.name, seed) for v in variants for seed in self.seeds if not self.recorded(v, seed)]
-        if missing:
-            fail(f"{len(missing)} runs are not complete, {missing[0]} is the first; the same command continues")
+        return [(variant.name, seed) for variant, seed in missing if not self.recorded(variant, seed)]
+
+    def parts(self, variant: Variant) -> list[Variant]:
+        """A variant and the baselines whose models it needs."""
+        return with_baselines([variant])
 
     def read_samples(self, folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Per sample of a run: its gold score; 1, 0.5 or 0 for a win, a tie or a loss; its log length ratio."""
@@ -397,13 +412,13 @@ def compare(runs: list[dict], where: dict, variants: list[Variant]) -> dict:
 def baselines_table(runs: list[dict]) -> list[str]:
     """The unchanged scripts: every figure over the seeds, per world and kernels."""
     lines = [
-        "| baseline | world | kernels | seeds | " + " | ".join(FIGURES) + " |",
-        "|---|" + "---|" * (3 + len(FIGURES)),
+        "| baseline | version | world | kernels | seeds | " + " | ".join(FIGURES) + " |",
+        "|---|" + "---|" * (4 + len(FIGURES)),
     ]
     groups = defaultdict(list)
     for run in runs:
         if run["variant"].startswith("baseline") and run["split"] == "test":
-            groups[run["variant"], run["world"], run["kernels"]].append(run)
+            groups[run["variant"], run["version"], run["world"], run["kernels"]].append(run)
     for key, group in sorted(groups.items()):
         cells = []
         for name in FIGURES:
@@ -423,14 +438,22 @@ def cell(found: dict, form: str = "+.3f") -> str:
 def markdown(runs: list[dict], found: dict, variants: list[Variant]) -> str:
     """The tables: baselines, and differences from them, the largest losses first."""
     lines = baselines_table(runs)
-    lines += ["", "Ablation minus baseline, paired by seed: mean with its 95% t-interval. p is that of the gold score,"]
-    lines += [f"corrected by Holm for {len(found)} ablations.", ""]
-    head = "gold score | win rate | KL | first ratio from 1 | tokens | EOS share | p | p corrected | errors | verdict"
+    lines += [
+        "",
+        "Ablation minus baseline, paired by seed: mean with its 95% t-interval. The share is of PPO's gain in gold",
+    ]
+    lines += [f"score over SFT. p is that of the gold score, corrected by Holm for {len(found)} ablations.", ""]
+    head = "gold score | share | win rate | KL | first ratio from 1 | tokens | EOS share | p | p corrected | errors | verdict"
     lines += [f"| ablation | detail | seeds | {head} |", "|---|" + "---|" * (3 + head.count("|"))]
     headers = {variant.name: variant.header for variant in variants}
     for name, entry in sorted(found.items(), key=lambda item: item[1]["gold"]["mean"]):
-        cells = [f"{headers[name]['title']} (`{name}`)", headers[name]["detail"], str(entry["n"])]
-        cells += [cell(entry[key]) for key in FIGURES[:3]] + [cell(entry["ratio_first_dev"], "+.1e")]
+        processes = headers[name].get("processes")
+        condition = f"{processes} processes" if processes else headers[name].get("flags")
+        title = f"{headers[name]['title']} (`{name}`{f'; {condition}' if condition else ''})"
+        gold = entry["gold"]
+        share = {key: gold[key] and gold[key] / entry["gain"] for key in ("mean", "low", "high")}
+        cells = [title, headers[name]["detail"], str(entry["n"]), cell(gold), cell(share, "+.1%")]
+        cells += [cell(entry[key]) for key in FIGURES[1:3]] + [cell(entry["ratio_first_dev"], "+.1e")]
         cells += [cell(entry["length"], "+.1f"), cell(entry["eos_share"], "+.2f")]
         cells += [f"{entry['p']:.2g}", f"{entry['corrected_p']:.2g}", str(entry["errors"]), entry["verdict"]]
         lines.append(f"| {' | '.join(cells)} |")
@@ -453,7 +476,7 @@ def draw(found: dict, variants: list[Variant], path: Path):
             axes.plot([gold["low"], gold["high"]], [y, y], color=colour, linewidth=1.8)
         axes.plot(gold["mean"], y, "|", color=colour, markersize=11, markeredgewidth=2)
     if rows:
-        tenth = rows[0][1]["gain"] / 10
+        tenth = np.mean([entry["gain"] for _, entry in rows]) / 10
         axes.axvspan(-tenth, tenth, color="tab:green", alpha=0.12, label="within a tenth of what PPO gains over SFT")
     axes.axvline(0, color="black", linewidth=0.8)
     labels = [f"{headers[name]['title']} ({headers[name]['detail']})" for name, _ in rows]
@@ -471,6 +494,11 @@ def draw(found: dict, variants: list[Variant], path: Path):
     save_figure(figure, path)
 
 
+def report_missing(missing: list[tuple[str, int]]):
+    if missing:
+        fail(f"{len(missing)} runs are not complete, {missing[0]} is the first; the same command continues")
+
+
 def main():
     args = tyro.cli(Args, use_underscores=True, description=__doc__)
     variants = load_variants()
@@ -485,13 +513,14 @@ def main():
         fail(f"--out {args.out}: its folder does not exist")  # now, not after the first run
     chosen = with_baselines([variant for variant in known.values() if variant.name in args.only or not args.only])
     harness.prepare(chosen)
-    harness.run_all(chosen)
-    runs = harness.runs()
-    found = compare(runs, harness.where, variants)
-    table = markdown(runs, found, variants)
-    write_atomically(harness.out.with_suffix(".md"), table + "\n")
-    draw(found, variants, harness.out.with_suffix(".png"))
-    print(f"\n{table}\n\nraw: {harness.out}; picture: {harness.out.with_suffix('.png')}")
+    missing = harness.run_all(chosen)
+    found = compare(harness.runs(), harness.where, variants)
+    table = markdown(harness.runs(), found, variants)
+    print(f"\n{table}\n\nraw: {harness.out}")
+    if found:  # not after baselines of another world
+        write_atomically(harness.out.with_suffix(".md"), table + "\n")
+        draw(found, variants, harness.out.with_suffix(".png"))
+    report_missing(missing)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ best-of-n comparable. Of a run:
                        missing where there is no fit
     kl, score          log-ratio to the SFT model summed over a response (best-of-n: see its diff); reward model's score
     length, eos_share  tokens; share that end by EOS (not of DPO)
-    seconds            of the training and evaluation, beside another run on the other core
+    seconds            of the whole command, beside another run on the other core; cpu_seconds: of its processor
     peak_gib           largest resident memory of the process, in GiB
 
 algorithms.jsonl has one line per run, added when the run ends; a run that has one is not repeated.
@@ -28,7 +28,7 @@ algorithms.jsonl has one line per run, added when the run ends; a run that has o
 
 import json
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
@@ -40,7 +40,7 @@ from scipy.special import expit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import ppo  # noqa: E402
-from benchmark.ablations.ablate import FLAGS, Harness, Variant, cell, paired  # noqa: E402
+from benchmark.ablations.ablate import FLAGS, Harness, Variant, cell, paired, report_missing  # noqa: E402
 from benchmark.systems.processes import ROOT, launch, save_figure, write_atomically  # noqa: E402
 from benchmark.tiny_world.gold import load_samples  # noqa: E402
 from benchmark.tiny_world.tiny_env import load_facts  # noqa: E402
@@ -57,7 +57,7 @@ ALGORITHMS = {
     "rloo_long": ("rloo", {"total_episodes": 3 * EPISODES}),
     "grpo_long": ("grpo", {"total_episodes": 3 * EPISODES}),
 }
-LEARNING_RATES = (7.5e-5, 1.5e-4, 3e-4, 6e-4)
+LEARNING_RATES = (1e-4, 2e-4, 4e-4, 8e-4)
 GRID = {name: [(lr, kl) for lr in LEARNING_RATES for kl in (0.025, 0.05, 0.1)] for name in ("ppo", "rloo", "grpo")}
 GRID["dpo"] = [(lr, beta) for lr in LEARNING_RATES for beta in (0.05, 0.1, 0.3)]
 NS = (1, 4, 16, 64)
@@ -102,6 +102,11 @@ def best_of(baseline: Variant, n: int) -> Variant:
 class Comparison(Harness):
     default_name = "algorithms.jsonl"
 
+    def runs_here(self) -> list[dict]:
+        """The recorded runs on both splits, in this world and with these kernels."""
+        where = {name: value for name, value in self.where.items() if name != "split"}
+        return [run for run in self.runs() if where.items() <= run.items()]
+
     def command(self, variant: Variant, seed: int, stage: str) -> list:
         """That of the ablations; DPO runs a copy of sft.py instead of ppo.py."""
         if stage != "ppo" or not variant.name.startswith("dpo"):
@@ -115,8 +120,6 @@ class Comparison(Harness):
 
     def measure(self, variant: Variant, seed: int) -> dict:
         """All figures of one run, as the header defines them."""
-        if variant.name == "baseline":  # of the ablations, at another temperature
-            return super().measure(variant, seed)
         folder = self.folder(variant, seed, "ppo")
         gold, won, log_ratio = self.read_samples(folder)
         intercept, _, _ = fit_logistic(log_ratio, won)
@@ -125,7 +128,9 @@ class Comparison(Harness):
             result["lc_win_rate"] = expit(intercept)
         summary = json.loads((folder / "summary.json").read_text())
         summary |= self.score_again(variant, seed) if variant.name.startswith("dpo") else {}
-        for name, key in {"kl": "kl", "score": "score", "length": "response_length", "eos_share": "eos_share"}.items():
+        keys = {"kl": "kl", "score": "score", "length": "response_length", "eos_share": "eos_share"}
+        keys |= {"accuracy": "accuracy", "kl_bound": "kl_bound"}  # of DPO's implicit reward; of best-of-n
+        for name, key in keys.items():
             if f"eval/{key}" in summary:
                 result[name] = summary[f"eval/{key}"]
         return {name: float(f"{value:.5g}") for name, value in result.items()}
@@ -169,25 +174,38 @@ def choose(runs: list[dict]) -> dict:
 
 
 # ---- The report ------------------------------------------------------------------------------------------------------
-FIGURES = ("gold", "win_rate", "lc_win_rate", "length", "kl", "score", "seconds", "peak_gib")
+FIGURES = ("gold", "win_rate", "lc_win_rate", "length", "kl", "kl_bound", "score", "accuracy")
+FIGURES += ("seconds", "cpu_seconds", "peak_gib")
+PAIRED = ("gold", "win_rate", "lc_win_rate", "kl", "score")
 
 
 def table(runs: list[dict], chosen: dict) -> str:
-    """One row per algorithm on the test posts: means, and differences from PPO paired by seed."""
+    """One row per algorithm on the test posts: means, and differences from PPO with the same seed and 95% interval."""
     test = defaultdict(dict)
+    errors = Counter()
     for run in runs:
-        if run["split"] == "test" and "error" not in run and run["variant"] != "baseline":
-            test[run["variant"].split()[0]][run["seed"]] = run
-    lines = [f"| algorithm | lr, KL coefficient | seeds | {' | '.join(FIGURES)} | gold minus PPO's |"]
-    lines.append("|---|" + "---|" * (3 + len(FIGURES)))
+        name, *setting = run["variant"].split()
+        # The chosen setting only: a choice may have been another one before all of validation was run.
+        if run["split"] == "test" and tuple(map(float, setting[1::2])) == chosen_for(name, chosen):
+            errors[name] += "error" in run
+            test[name] |= {} if "error" in run else {run["seed"]: run}
+    heads = ["algorithm", "lr, KL coefficient", "seeds", "errors", *FIGURES]
+    heads += [f"{name} minus PPO's" for name in PAIRED]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, seeds in sorted(test.items(), key=lambda item: -np.mean([run["gold"] for run in item[1].values()])):
-        setting = chosen.get(name.removesuffix("_long"), ("", ""))
-        cells = [NAMES[name], ", ".join(f"{value:g}" for value in setting if value != ""), str(len(seeds))]
+        setting = ", ".join(f"{value:g}" for value in chosen_for(name, chosen))
+        cells = [NAMES[name], setting, str(len(seeds)), str(errors[name])]
         for figure in FIGURES:
             values = [run[figure] for run in seeds.values() if figure in run]
             cells.append(f"{np.mean(values):.3f}" if values else "")
-        lines.append(f"| {' | '.join(cells)} | {cell(paired(seeds, test['ppo'], 'gold')) if name != 'ppo' else ''} |")
+        cells += [cell(paired(seeds, test["ppo"], figure)) if name != "ppo" else "" for figure in PAIRED]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def chosen_for(name: str, chosen: dict) -> tuple:
+    """Learning rate and KL coefficient of an algorithm; best-of-n and SFT have none."""
+    return chosen.get(name.removesuffix("_long"), ())
 
 
 def draw(runs: list[dict], path: Path):
@@ -196,7 +214,7 @@ def draw(runs: list[dict], path: Path):
 
     groups = defaultdict(list)
     for run in runs:
-        if "error" not in run and run["variant"] != "baseline":
+        if "error" not in run:
             groups[run["variant"], run["split"]].append(run)
     names = ["ppo", "rloo", "grpo", "dpo", "best", "sft"]
     figure = Figure(figsize=(12, 5), dpi=130, layout="constrained")
@@ -229,8 +247,8 @@ def main():
     harness = Comparison(args, "validation", args.choose_seeds)
     chosen = [make_variant(baseline, name, *pair) for name, pairs in grid.items() for pair in pairs]
     harness.prepare([baseline, *chosen])
-    harness.run_all([baseline, *chosen])
-    best = choose(harness.runs())
+    report_missing(harness.run_all(chosen))
+    best = choose(harness.runs_here())
     print(f"chosen on validation posts: {best}", flush=True)
 
     harness = Comparison(args, "test", args.seeds)
@@ -238,11 +256,12 @@ def main():
     final = [make_variant(baseline, name, *best[name.removesuffix("_long")]) for name in names]
     final += [best_of(baseline, n) for n in NS]
     harness.prepare([baseline, *final])
-    harness.run_all([baseline, *final])
-    text = table(harness.runs(), best)
+    missing = harness.run_all(final)
+    text = table(harness.runs_here(), best)
     write_atomically(harness.out.with_suffix(".md"), text + "\n")
-    draw(harness.runs(), harness.out.with_suffix(".png"))
+    draw(harness.runs_here(), harness.out.with_suffix(".png"))
     print(f"\n{text}\n\nraw: {harness.out}; picture: {harness.out.with_suffix('.png')}")
+    report_missing(missing)
 
 
 if __name__ == "__main__":

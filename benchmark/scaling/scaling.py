@@ -18,7 +18,8 @@ Of a run, the figures of ablate.py, and
     judge_agreement      share of the test pairs on which the reward model prefers the summary with the higher gold score
     preferences          the reward model's choice on every test pair, one bit each, in hexadecimal
     bins, sft_bins       [wins, posts] by log length ratio to the reference, in the bins of eval_judge.py
-    curves               KL, reward model's score, gold score, EOS share and entropy of every update of PPO, from samples
+    curves               of every update of PPO: KL, reward model's score, gold score, EOS share, entropy, length,
+                         approximate KL and clipped share of its steps, value loss
 scaling.jsonl has one line per run; a run that has one is not repeated, and an interrupted one goes on with its first
 unfinished stage. scaling.md and scaling.png, overoptimisation.md and overoptimisation.png are made of it.
 
@@ -40,7 +41,7 @@ from scipy import stats
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from benchmark.ablations.ablate import FLAGS, Harness, Variant, cell, with_baselines  # noqa: E402
+from benchmark.ablations.ablate import FLAGS, Harness, Variant, cell, report_missing, with_baselines  # noqa: E402
 from benchmark.systems.processes import ROOT, save_figure, write_atomically  # noqa: E402
 from benchmark.tiny_world.gold import mean_interval  # noqa: E402
 from benchmark.tiny_world.tiny_env import fail, gold_score, load_facts  # noqa: E402
@@ -50,9 +51,10 @@ WIDTHS = {16: 2, 32: 2, 64: 4, 160: 10}  # hidden size -> attention heads; three
 POLICY_WIDTH = 64
 REWARD_WIDTHS = (32, 64)
 KL_COEFS = (0.0, 0.02, 0.05)
-FAR = dict(lr=6e-4, total_episodes=3 * FLAGS["ppo"]["total_episodes"])
+FAR = dict(lr=8e-4, total_episodes=3 * FLAGS["ppo"]["total_episodes"])
 CURVES = {"kl": "objective/kl", "score": "objective/rm_scores", "gold": "objective/gold_scores"}
-CURVES |= {"eos_share": "val/eos_share", "entropy": "objective/entropy"}
+CURVES |= {"eos_share": "val/eos_share", "entropy": "objective/entropy", "length": "objective/response_length"}
+CURVES |= {"approxkl": "policy/approxkl_avg", "clipfrac": "policy/clipfrac_avg", "value_loss": "loss/value_avg"}
 
 
 @dataclass
@@ -86,17 +88,21 @@ class Sizes(Harness):
 
     def folder(self, variant: Variant, seed: int, stage: str) -> Path:
         """An over-optimisation run has the policy of one width and the reward model of another."""
-        if stage == "reward" and "reward_width" in variant.header:
-            return self.root / variant.header["reward_width"] / f"seed{seed}" / "reward"
+        if stage == "reward" and "reward_variant" in variant.header:
+            return super().folder(variant.header["reward_variant"], seed, stage)
         return super().folder(variant, seed, stage)
 
     def command(self, variant: Variant, seed: int, stage: str) -> list:
         """That of the ablations; PPO runs by way of ppo_gold.py, which logs the gold score of the samples."""
         words = super().command(variant, seed, stage)
         if stage == "ppo":
-            script = ROOT / "benchmark/tiny_world/ppo_gold.py"
-            words = [words[0], script, "--gold_env_dir", self.world, *words[2:]]
+            python, script, *flags = words
+            words = ["env", f"PYTHONPATH={script.parent}", python, ROOT / "benchmark/tiny_world/ppo_gold.py"]
+            words += ["--gold_env_dir", self.world, *flags]
         return words
+
+    def parts(self, variant: Variant) -> list[Variant]:
+        return with_baselines([variant, *filter(None, [variant.header.get("reward_variant")])])
 
     def measure(self, variant: Variant, seed: int) -> dict:
         result = super().measure(variant, seed)
@@ -137,7 +143,7 @@ def load_variants(harness: Sizes, widths: list[int]) -> list[Variant]:
     for width in set(REWARD_WIDTHS) & set(sizes):
         for kl_coef in KL_COEFS:
             variant = Variant(f"reward model {width}, KL coefficient {kl_coef}", policy, first="ppo")
-            variant.header["reward_width"] = sizes[width].name
+            variant.header["reward_variant"] = sizes[width]
             variant.flags["ppo"] = {"kl_coef": kl_coef} | ({} if harness.args.smoke else FAR)
             variants.append(variant)
     return variants
@@ -209,7 +215,7 @@ def overoptimisation_table(runs: list[dict]) -> str:
     """Per reward model and KL coefficient: the gold score at the start, at its peak and at the end, and what went along."""
     groups = defaultdict(list)
     for run in runs:
-        if run["variant"].startswith("reward model"):
+        if run["variant"].startswith("reward model") and "curves" in run:  # else it diverged
             groups[run["variant"]].append(run["curves"])
     head = "seeds | gold: first, peak, last | RM score: first, at the peak, last | KL: at the peak, last"
     head += " | EOS share: least after the peak | entropy: first, at the peak, last"
@@ -280,7 +286,7 @@ def draw_overoptimisation(runs: list[dict], path: Path):
 
     groups = defaultdict(list)
     for run in runs:
-        if run["variant"].startswith("reward model"):
+        if run["variant"].startswith("reward model") and "curves" in run:  # else it diverged
             groups[run["variant"]].append(run["curves"])
     rewards = sorted({name.split(",")[0] for name in groups})
     figure = Figure(figsize=(11, 4.2 * len(rewards)), dpi=120, layout="constrained")
@@ -305,7 +311,7 @@ def main():
     harness = Sizes(args, "test", args.seeds)
     variants = load_variants(harness, list(WIDTHS)[:2] if args.smoke else list(WIDTHS))
     harness.prepare(variants)
-    harness.run_all(with_baselines(variants))
+    missing = harness.run_all(variants)
     runs = [run for run in harness.runs() if harness.where.items() <= run.items()]
     folder, sizes = harness.out.parent, by_width(runs)
     for name, table in (("scaling", sizes_table(sizes)), ("overoptimisation", overoptimisation_table(runs))):
@@ -313,6 +319,7 @@ def main():
         print(f"\n{table}")
     draw_sizes(sizes, folder / "scaling.png")
     draw_overoptimisation(runs, folder / "overoptimisation.png")
+    report_missing(missing)
 
 
 if __name__ == "__main__":

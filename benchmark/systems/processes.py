@@ -80,7 +80,7 @@ class Jobs:
     def __init__(self, **environment):
         self.environment = os.environ | environment
         self.running, self.stopped = set(), False
-        self.peak_gib = {}  # log file -> largest resident memory of the command that wrote it
+        self.cost = {}  # log file -> of the command that wrote it: seconds, processor seconds, largest resident memory
         for number in (signal.SIGINT, signal.SIGTERM):  # a shell starts background jobs with SIGINT ignored
             signal.signal(number, signal.default_int_handler)
 
@@ -94,12 +94,14 @@ class Jobs:
         if self.stopped:
             return -signal.SIGTERM
         options = dict(stderr=subprocess.STDOUT, cwd=ROOT, env=self.environment)
+        begin = time.time()
         with open(log, "a") as file, started(command, signal.SIGTERM, stdout=file, **options) as process:
             self.running.add(process)
             try:
                 _, status, usage = os.wait4(process.pid, 0)
                 code = process.returncode = os.waitstatus_to_exitcode(status)
-                self.peak_gib[log] = usage.ru_maxrss / 2**20
+                cost = {"seconds": time.time() - begin, "cpu_seconds": usage.ru_utime + usage.ru_stime}
+                self.cost[log] = cost | {"peak_gib": usage.ru_maxrss / 2**20}
             except KeyboardInterrupt:  # only in the main thread
                 self.stop()
                 process.wait()

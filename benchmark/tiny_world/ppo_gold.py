@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 from transformers import AutoTokenizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # at the end: PYTHONPATH may name another ppo.py
 import ppo  # noqa: E402
 from benchmark.tiny_world.gold import invented_share, scores  # noqa: E402
 from benchmark.tiny_world.tiny_env import fail, load_facts  # noqa: E402

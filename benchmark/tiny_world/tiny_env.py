@@ -56,10 +56,10 @@ class Args:
     output_dir: str  # the folder to write; a complete one made with the same flags is left as it is
     seed: int = 1  # seed of posts, references and comparisons
     # ---- How much data ----
-    num_train_posts: int = 10000  # posts (with references) to train on
+    num_train_posts: int = 8000  # posts (with references) to train on
     num_validation_posts: int = 600  # posts to choose settings on
     num_test_posts: int = 600  # posts to report on, once
-    num_train_pairs: int = 20000  # comparisons to train on; they are about the train posts
+    num_train_pairs: int = 16000  # comparisons to train on; they are about the train posts
     num_validation_pairs: int = 2000  # comparisons about the validation posts
     num_test_pairs: int = 2000  # comparisons about the test posts
     num_cnndm_pairs: int = 300  # comparisons in CNN/DM form (news articles instead of posts), for validation only

@@ -34,7 +34,8 @@ def load(folder, tokenizer, split="train", script=sft):
 
 
 def load_pairs(folder, tokenizer, split="train"):
-    return reward.load_comparisons(reward.Args(label_dataset=str(folder)), split, tokenizer, (512, 169, 638), PRINTER)
+    limits = (512, 169, 638)
+    return reward.load_comparisons(reward.Args(label_dataset=str(folder)), split, tokenizer, limits, limits, PRINTER)
 
 
 def tokenize(rows, tokenizer, **limits):
@@ -42,7 +43,7 @@ def tokenize(rows, tokenizer, **limits):
 
 
 def compare(rows, tokenizer, limits=(512, 169, 638)):
-    return [reward.tokenize_comparison(row, tokenizer, limits) for row in rows]
+    return [reward.tokenize_comparison(row, tokenizer, limits, limits) for row in rows]
 
 
 def bos_of(tokenizer):
@@ -340,6 +341,7 @@ def test_cnndm_pairs_come_from_their_split_or_from_their_batches(tmp_path):
     """Details 1 and 17: the hub set has a split of them, OpenAI's own files mix both kinds under batch names."""
     tldr, news = make_pairs(6, 27), make_pairs(8, 28, news=True)
     news[0]["batch"] = "batch0_cnndm"
+    news[1]["summaries"][0]["text"] = " longer" * 100  # too long for the limits of TL;DR
     write_rows(tmp_path / "posts" / "validation.jsonl", [POST])
     write_rows(tmp_path / "split" / "validation.jsonl", tldr)
     write_rows(tmp_path / "split" / "validation_cnndm.jsonl", news)
@@ -348,7 +350,8 @@ def test_cnndm_pairs_come_from_their_split_or_from_their_batches(tmp_path):
     both = DatasetDict(validation=Dataset.from_list(tldr), validation_cnndm=Dataset.from_list(news))
     both.save_to_disk(tmp_path / "disk")
     for name in ("split", "batches", "none", "disk"):
-        args = reward.Args(label_dataset=str(tmp_path / name), query_dataset=str(tmp_path / "posts"))
+        folders = dict(label_dataset=str(tmp_path / name), query_dataset=str(tmp_path / "posts"))
+        args = reward.Args(**folders, max_response_length=50, max_cnndm_response_length=1500)
         found = reward.load_evaluation(args, SimpleNamespace(max_position_embeddings=2048), make_tokenizer(), PRINTER)
         for pairs, rows in zip(found, (tldr, news if name != "none" else [])):
             assert [pair["id"] for pair in pairs] == [row["info"]["id"] for row in rows]

@@ -4,19 +4,14 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
-import pytest
 from common import ROOT
 
 sys.path.insert(0, str(ROOT))
 from benchmark.systems.processes import started  # noqa: E402
 
 ENV = {name: value for name, value in os.environ.items() if name.split("_")[0] not in ("ACCELERATE", "WANDB", "TLDR")}
-POOL = ThreadPoolExecutor(2)
-LONG = {}  # the functions that `long` decorates, by name
-RUNNING = {}  # their results, which may be still to come
 
 
 def start(*words, env=(), **options):
@@ -29,21 +24,6 @@ def run(*words, env=()):
     with start(*words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         out, err = process.communicate(timeout=600)
     return SimpleNamespace(code=process.returncode, out=out, err=err)
-
-
-def long(function):
-    """A fixture of a function that takes long. The first one starts all that the selected tests need, two at a time."""
-    LONG[function.__name__] = function
-
-    @pytest.fixture(scope="module", name=function.__name__)
-    def result(request, tmp_path_factory):
-        needed = {name for item in request.session.items for name in item.fixturenames}
-        for name in LONG:
-            if name in needed - RUNNING.keys():
-                RUNNING[name] = POOL.submit(LONG[name], tmp_path_factory.mktemp(name))
-        return RUNNING[function.__name__].result()
-
-    return result
 
 
 def read_json(path):

@@ -14,6 +14,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import tyro
 from common import CACHE, LENGTHS, ROOT, make_model_folder, make_posts, read_metrics, run_inside, write_rows
 from common import ppo, reward, sft
 from torch.optim import AdamW
@@ -26,7 +27,7 @@ SCRIPTS = {"sft": sft, "reward": reward, "ppo": ppo}
 VARIANTS = {variant.name: variant for variant in ablate.load_variants()}
 # The diffs that change defaults of ppo.py, and nothing else.
 FLAGS = {
-    "adam_eps_1e-8": {"eps": 1e-8}, "half_lr": {"lr": 7.5e-5}, "no_kl": {"kl_coef": 0.0},
+    "adam_eps_1e-8": {"eps": 1e-8}, "half_lr": {"lr": 2e-4}, "no_kl": {"kl_coef": 0.0},
     "no_clipping": {"cliprange": 1e9}, "no_value_clipping": {"cliprange_value": 1e9},
     "one_epoch": {"num_ppo_epochs": 1}, "minibatches_4": {"num_mini_batches": 4, "gradient_accumulation_steps": 1},
     "no_eos_penalty": {"missing_eos_penalty": None}, "reward_whitening": {"whiten_rewards": True},
@@ -254,10 +255,22 @@ def test_the_evaluation_is_as_before(run_ppo):
 
 
 # ---- The harness -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_ablation_has_the_batch_of_the_others(name, tmp_path):
+    harness = ablate.Harness(ablate.Args(work_dir=tmp_path), "test", (1,))
+    variant = VARIANTS[name]
+    for stage, batch in {"sft": 16, "reward": 8, "ppo": 256}.items():
+        words = [str(word) for word in harness.command(variant, 1, stage)]
+        script = [word.endswith(f"{stage}.py") for word in words].index(True)
+        args = tyro.cli(patched(name, stage).Args, args=words[script + 1 :], use_underscores=True)
+        size = args.local_micro_batch_size * args.gradient_accumulation_steps * variant.processes
+        assert size * getattr(args, "num_mini_batches", 1) == batch
+
+
 def test_verdicts_follow_the_rule():
     """Made-up runs of 16 seeds: a large loss, hardly any, a noisy one, and one whose PPO fails on every seed."""
     rng = np.random.default_rng(0)
-    where = {"world": 1, "kernels": "X", "split": "test"}
+    where = {"version": 4, "world": 1, "kernels": "X", "split": "test"}
     others = dict.fromkeys(ablate.FIGURES, 0.5)
 
     def make(variant, golds):

@@ -252,11 +252,12 @@ def test_settings_are_chosen_on_validation_posts_and_paired_on_test_posts():
     runs = make("rloo lr 0.001 kl 0.1", "validation", [5, 1]) + make("rloo lr 0.0005 kl 0.1", "validation", [4, 4])
     runs += make("ppo lr 0.001 kl 0.05", "validation", [6]) + make("ppo lr 0.0005 kl 0.05", "test", [9])
     runs += [{"variant": "rloo lr 0.002 kl 0.1", "split": "validation", "seed": 0, "error": "rloo: not finite"}]
-    runs += make("baseline", "validation", [99])
     assert compare.choose(runs) == {"rloo": (0.0005, 0.1), "ppo": (0.001, 0.05)}
     runs = [run for run in runs if run["split"] == "validation"]
     runs += make("ppo lr 0.001 kl 0.05", "test", [5, 6, 7]) + make("rloo lr 0.0005 kl 0.1", "test", [4, 6, 5])
+    runs += [{"variant": "rloo lr 0.0005 kl 0.1", "split": "test", "seed": 3, "error": "ppo: not finite"}]
+    runs += make("rloo lr 0.001 kl 0.1", "test", [50])  # an earlier choice
     header, _, first, second = compare.table(runs, compare.choose(runs)).splitlines()
-    assert "gold" in header and first.startswith("| PPO | 0.001, 0.05 | 3 | 6.000 |")
+    assert "gold" in header and first.startswith("| PPO | 0.001, 0.05 | 3 | 0 | 6.000 |")
     # The differences are -1, 0, -2: mean -1, standard error 1 / sqrt(3), t of two degrees of freedom 4.303.
-    assert second.startswith("| RLOO | 0.0005, 0.1 | 3 | 5.000 |") and "| -1.000 [-3.484, +1.484] |" in second
+    assert second.startswith("| RLOO | 0.0005, 0.1 | 3 | 1 | 5.000 |") and "| -1.000 [-3.484, +1.484] |" in second

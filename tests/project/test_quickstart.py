@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pandas as pd
 import psutil
-from commands import long, read_json, run, start
+import pytest
+from commands import read_json, run, start
 from common import ROOT, read_metrics
 
 from benchmark.tiny_world import tiny_env
@@ -17,9 +18,10 @@ SMALL |= {"num_validation_pairs": 40, "num_test_pairs": 40, "num_cnndm_pairs": 2
 SMALL |= {"sft_rows": 1600, "pairs": 320, "episodes": 256, "norm": 50}
 
 
-@long
-def quickstart(folder):
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
     """The runs, their folder, and what of the killed one was left."""
+    folder = tmp_path_factory.mktemp("quickstart")
     text = (ROOT / "benchmark/quickstart.sh").read_text(encoding="utf-8")
     for name, number in SMALL.items():
         text, found = re.subn(rf"(\b{name}[ =])\d+", rf"\g<1>{number}", text)

@@ -9,7 +9,7 @@ from itertools import product
 import psutil
 import pytest
 import torch
-from commands import long, read_json, run, start
+from commands import read_json, run, start
 from common import ROOT
 from transformers import GenerationConfig, GPTNeoXConfig
 
@@ -21,34 +21,24 @@ RESULTS = ROOT / "benchmark/results"
 
 
 # ---- Commands --------------------------------------------------------------------------------------------------------
-@long
-def kills(folder):
-    flags = ("--scripts", "sft.py", "--engines", "one", "--kills", 1, "--output_dir", folder / "runs")
-    done = run(sys.executable, SYSTEMS / "kill.py", *flags, "--output", folder / "kill.json")
+def test_a_killed_run_ends_as_one_that_nothing_stopped(tmp_path):
+    flags = ("--scripts", "sft.py", "--engines", "one", "--kills", 1, "--output_dir", tmp_path / "runs")
+    done = run(sys.executable, SYSTEMS / "kill.py", *flags, "--output", tmp_path / "kill.json")
     assert done.code == 0, done.out + done.err
-    return read_json(folder / "kill.json")["results"]
-
-
-def test_a_killed_run_ends_as_one_that_nothing_stopped(kills):
-    [result] = kills
+    [result] = read_json(tmp_path / "kill.json")["results"]
     assert (result["script"], result["engine"], result["updates"]) == ("sft.py", "one", 40)
     assert (result["kills"], result["differences"], result["lost_metrics_lines"]) == (1, 0, 0)
     assert sum(result["struck"].values()) == 1
 
 
-@long
-def timed(folder):
+def test_throughput_times_updates(tmp_path):
     sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
-    GPTNeoXConfig(**sizes, vocab_size=300, max_position_embeddings=1024).save_pretrained(folder / "nano")
-    flags = ("--shape", folder / "nano", "--runs", 1, "--updates", 2, "--batch", 4, "--micro_batch", 2)
-    flags += ("--work_dir", folder / "work", "--out", folder / "speed.json")
+    GPTNeoXConfig(**sizes, vocab_size=300, max_position_embeddings=1024).save_pretrained(tmp_path / "nano")
+    flags = ("--shape", tmp_path / "nano", "--runs", 1, "--updates", 2, "--batch", 4, "--micro_batch", 2)
+    flags += ("--work_dir", tmp_path / "work", "--out", tmp_path / "speed.json")
     done = run(sys.executable, SYSTEMS / "throughput.py", *flags)
     assert done.code == 0 and "medians: ours " in done.out, done.err
-    return read_json(folder / "speed.json")
-
-
-def test_throughput_times_updates(timed):
-    [result] = timed
+    [result] = read_json(tmp_path / "speed.json")
     assert result["precision"] == "fp32" and 200 < result["query_tokens"] < 450
     [pair] = result["pairs"]
     seconds = [update["seconds"] for update in pair["ours_updates"]]

@@ -158,23 +158,6 @@ def run(*arguments, code=0, **options):
     return done
 
 
-def ahead(start, cases):
-    """
-    A function that gives the finished run of a case. `start(case)` starts one; the case that follows in `cases` is
-    started as well, so that two cores are busy.
-    """
-    started = {}
-
-    def get(case):
-        place = cases.index(case)
-        for near in cases[place : place + 2]:
-            if near not in started:
-                started[near] = start(near)
-        return started[case].wait()
-
-    return get
-
-
 @contextmanager
 def read_only(disk):
     """The mounted folder `disk`, read-only for a block."""

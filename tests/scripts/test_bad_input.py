@@ -18,7 +18,7 @@ import runner
 import torch
 from common import make_pairs, make_posts, make_tokenizer, write_rows
 from moments import at, kill
-from runner import Run, ahead, error_line
+from runner import Run, error_line
 from safetensors.torch import load_file, save_file
 
 FOLDER = runner.FOLDER / "odd"
@@ -195,7 +195,7 @@ BAD = {
 def refused(flags, chain):
     """The finished run of a case of BAD, with the changed flags."""
 
-    def start(name):
+    def get(name):
         script, changes, _ = BAD[name]
         changes = dict(changes)
         for flag, make in changes.items():
@@ -206,9 +206,9 @@ def refused(flags, chain):
         # Whatever is asked on a terminal, the answer is yes.
         run = Run(script, flags[script] | changes, stdin="y\n" * 50)
         run.changes = changes
-        return run
+        return run.wait()
 
-    return ahead(start, list(BAD))
+    return get
 
 
 UNFIXED = pytest.mark.xfail(strict=True, reason="taken without a word")

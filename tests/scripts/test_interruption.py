@@ -12,7 +12,7 @@ import pytest
 import runner
 from common import make_model_folder, make_posts, write_rows
 from moments import at, fill, kill, kill_half_written, kill_soon, on_rank
-from runner import Run, ahead, error_line, read_json, read_metrics
+from runner import Run, error_line, read_json, read_metrics
 
 FOLDER = runner.FOLDER / "interrupted"
 HALF = {"--local_micro_batch_size": 2}  # with two processes, the same batch
@@ -78,21 +78,10 @@ KILLS += [("reward", "in a checkpoint"), ("reward", "after the evaluation")]
 KILLS += [("ppo", moment) for moment in ("in a checkpoint", "soon after update 3", "later after update 3")]
 
 
-@pytest.fixture(scope="module")
-def killed(six):
-    def start(case):
-        out = FOLDER / " ".join(case)
-        script, moment = case
-        return Run(script, six[script], "--keep", 1, "--output_dir", out, inside=MOMENTS[moment])
-
-    return ahead(start, KILLS)
-
-
 @pytest.mark.parametrize("script, moment", KILLS)
-def test_killed_and_resumed(script, moment, killed, six, whole):
-    dead = killed((script, moment))
-    assert dead.code == -9, dead.err
+def test_killed_and_resumed(script, moment, six, whole):
     out = FOLDER / f"{script} {moment}"
+    runner.run(script, six[script], "--keep", 1, "--output_dir", out, inside=MOMENTS[moment], code=-9)
     runner.run(script, six[script], "--resume", "--output_dir", out)
     same(result_of(out), whole(script))
     assert not list(out.rglob("*.tmp"))

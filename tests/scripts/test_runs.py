@@ -17,7 +17,7 @@ import runner
 import torch
 from moments import count_kept
 from rouge_score.rouge_scorer import RougeScorer
-from runner import Run, ahead, read_json, read_metrics
+from runner import Run, read_json, read_metrics
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -32,7 +32,7 @@ METRICS = {
     "val/ratio_var val/ratio_first_dev val/num_eos_tokens val/eos_share",
 }
 EVALUATION = {
-    "sft": "rows loss response_length rouge1 rouge2 rougeL",
+    "sft": "rows loss response_length eos_share rouge1 rouge2 rougeL",
     "reward": "pairs accuracy accuracy_low accuracy_high loss pairs_cnndm accuracy_cnndm reference_mean reference_std "
     "left_padding_mean left_padding_max",
     "ppo": "rows rm_win_rate score reference_score kl response_length eos_share",
@@ -396,8 +396,7 @@ def changed(flags, chain, world):
     common.make_model_folder(other / "model", seed=1)
     runner.run("reward", flags["reward"] | {"--seed": 9, "--output_dir": other / "reward"})
 
-    def start(case):
-        script, flag = case
+    def get(script, flag):
         changes = EFFECTS[script][flag][0]
         changes = changes if isinstance(changes, dict) else {f"--{flag}": changes}
         out = runner.FOLDER / "flags" / script / flag
@@ -409,16 +408,16 @@ def changed(flags, chain, world):
                 changes[name] = other / value.removeprefix("OTHER/")
         run = Run(script, {name: value for name, value in changes.items() if value is not REMOVED})
         run.output_dir = out
-        return run
+        return run.wait()
 
-    return ahead(start, CASES)
+    return get
 
 
 @pytest.mark.parametrize("script, flag", CASES)
 def test_flag_has_its_effect(script, flag, changed, chain):
     plain = getattr(chain, script)
     plain.output_dir = getattr(chain.out, script)
-    run = changed((script, flag))
+    run = changed(script, flag)
     assert run.code == 0, run.err
     for each in (plain, run):
         each.metrics = read_metrics(each.output_dir)
