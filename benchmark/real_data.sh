@@ -7,8 +7,8 @@
 #
 # TLDR_DIR holds posts/{train,validation,test}.parquet and comparisons/{train,validation,test}.parquet. The pairs are
 # split in two by post: PPO's reward model learns from one half, the one that judges the result from the other. A stage
-# that is complete is not repeated, an interrupted one continues. Everything is written to OUT (default runs/real/SIZE).
-# SEED is another seed, SPLIT=validation evaluates on the posts that settings are chosen on.
+# that is complete is not repeated, an interrupted one continues. Everything is written to OUT (default
+# runs/real/SIZE-SPLIT-seedSEED). SEED is another seed, SPLIT=validation the posts that settings are chosen on.
 set -euo pipefail
 TLDR_DIR=$(cd "${TLDR_DIR:?set TLDR_DIR to the folder with posts/ and comparisons/}" && pwd)
 . "$(dirname "$0")/setup.sh"
@@ -16,7 +16,7 @@ TLDR_DIR=$(cd "${TLDR_DIR:?set TLDR_DIR to the folder with posts/ and comparison
 SIZE=${SIZE:-day}
 SEED=${SEED:-44413}
 SPLIT=${SPLIT:-test}
-OUT=${OUT:-runs/real/$SIZE-seed$SEED}
+OUT=${OUT:-runs/real/$SIZE-$SPLIT-seed$SEED}
 BASE=runs/real/base_model
 case $SIZE in
   # Learning rates are above the paper's 3e-6: there are tens or hundreds of updates here, not a thousand. Queries are
@@ -28,22 +28,24 @@ case $SIZE in
   full)  lr=1e-5; sft=""; rm=""; ppo="--total_episodes 20480"; rows=171; pairs=600; batch=128; micro=32; query=512 ;;
   *) echo "error: SIZE is $SIZE; it is short, day or full" >&2; exit 2 ;;
 esac
-# bf16 where the machine computes faster in it than in fp32; BF16=0 and BF16=1 overrule the probe.
-BF16=${BF16:-$(python benchmark/systems/faster_dtype.py | sed 's/fp32/0/; s/bf16/1/')}
-precision=()
-[ "$BF16" = 0 ] || precision=(--bf16)
-common=(--resume --seed "$SEED" --query_dataset "$TLDR_DIR/posts" --lr $lr --max_query_length $query --eval_split "$SPLIT"
-        --run_eval --save_every 10 ${precision[@]+"${precision[@]}"})
 mkdir -p "$OUT"
+# bf16 where the machine computes faster in it than in fp32; BF16=0 and BF16=1 overrule the probe. The first call
+# decides for all stages.
+[ -e "$OUT/precision" ] || case ${BF16:-$(python benchmark/systems/faster_dtype.py)} in
+  1|bf16) echo --bf16 > "$OUT/precision" ;;
+  *) : > "$OUT/precision" ;;
+esac
+precision=($(cat "$OUT/precision"))
+common=(--resume --seed "$SEED" --query_dataset "$TLDR_DIR/posts" --lr $lr --max_query_length $query --eval_split "$SPLIT"
+        --run_eval --save_every 5 ${precision[@]+"${precision[@]}"})
 
 # stage NAME COMMAND...: run it unless its summary.json, which every script writes last, is there.
 stage() {
   local name=$1; shift
   if [ -e "$OUT/$name/summary.json" ]; then echo "== $name: already in $OUT/$name"; return; fi
   echo "== $name: log in $OUT/$name.log"
-  local start=$SECONDS
-  attached python "$@" --output_dir "$OUT/$name" > "$OUT/$name.log" || { tail -n 5 "$OUT/$name.log"; exit 1; }
-  echo $((SECONDS - start)) > "$OUT/$name.seconds"
+  attached python benchmark/real_data/timed.py "$OUT/$name.cost" "$OUT/$name.log" python "$@" \
+    --output_dir "$OUT/$name" || { tail -n 5 "$OUT/$name.log"; exit 1; }
 }
 
 python benchmark/real_data/dequantise.py --output_dir $BASE
@@ -62,11 +64,12 @@ stage ppo ppo.py "${common[@]}" --sft_model_path "$OUT/sft" --reward_model_path 
   --local_rollout_forward_batch_size 16 "${evaluate[@]}"
 
 # Against the human references, and PPO against SFT. For an LLM judge, the same eval_judge.py with its --judge_model.
-samples=("$OUT/sft/samples_$SPLIT.csv" "$OUT/ppo/samples_$SPLIT.csv" "$OUT/ppo_against_sft.csv")
-python benchmark/real_data/real_table.py "$OUT" --split "$SPLIT" --against_sft "${samples[2]}"
-[ -e "$OUT/judge/summary.json" ] || rm -rf "$OUT/judge"
-stage judge benchmark/judges/reward_judge.py --reward_model_path "$OUT/judge_model/model" --port 0 -- \
-  python eval_judge.py --samples "${samples[@]}" --judge_base_url URL --judge_model model --tokenizer "$OUT/sft/model"
+judge=(benchmark/judges/reward_judge.py --reward_model_path "$OUT/judge_model/model" --port 0 --
+       python eval_judge.py --judge_base_url URL --judge_model model --tokenizer "$OUT/sft/model")
+sft=$OUT/sft/samples_$SPLIT.csv
+ppo=$OUT/ppo/samples_$SPLIT.csv
+stage judge "${judge[@]}" --samples "$sft" "$ppo"
+stage judge_against_sft "${judge[@]}" --samples "$ppo" --against "$sft"
 python benchmark/real_data/real_table.py "$OUT" --split "$SPLIT" --output "$OUT/real.json" \
-  --command "TLDR_DIR=FOLDER BF16=$BF16 SIZE=$SIZE SEED=$SEED SPLIT=$SPLIT bash benchmark/real_data.sh"
-python benchmark/plot_metrics.py "$OUT/ppo" -o "$OUT/curves.png"
+  --command "TLDR_DIR=FOLDER SIZE=$SIZE SEED=$SEED SPLIT=$SPLIT bash benchmark/real_data.sh"
+python benchmark/plot_metrics.py "$OUT/sft" "$OUT/reward" "$OUT/ppo" -o "$OUT/curves.png"

@@ -1,7 +1,7 @@
 """
 Split comparisons in two halves by their post, for two reward models of which one judges what the other has trained.
 
-    python benchmark/real_data/split_pairs.py TLDR_DIR/comparisons runs/real/day/pairs
+    python benchmark/real_data/split_pairs.py TLDR_DIR/comparisons runs/real/day-test-seed44413/pairs
 
 Writes OUTPUT/reward/ and OUTPUT/judge_model/, each with one half of the train split and the whole of the others.
 """
