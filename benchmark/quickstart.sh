@@ -47,8 +47,8 @@ stage() {
 }
 
 # What the tiny environment needs, and the paper does not: a small model learns in minutes with one learning rate of
-# 4e-4 (not 3e-6) after a short warm-up, in small batches.
-tiny=(--resume --seed "$SEED" --query_dataset "$WORLD/posts" --lr 4e-4 --eval_split "$SPLIT" --run_eval)
+# 2e-4 (not 3e-6) after a short warm-up, in small batches.
+tiny=(--resume --seed "$SEED" --query_dataset "$WORLD/posts" --lr 2e-4 --eval_split "$SPLIT" --run_eval)
 tiny+=(--local_eval_batch_size 200)
 
 stage world "$WORLD" tiny_env.json \

@@ -20,6 +20,7 @@ best-of-n comparable. Of a run:
                        missing where there is no fit
     kl, score          log-ratio to the SFT model summed over a response (best-of-n: see its diff); reward model's score
     length, eos_share  tokens; share that end by EOS (not of DPO)
+    kl_bound           of best-of-n: log n - (n - 1) / n; accuracy: of DPO's implicit reward, on held-out pairs
     seconds            of the whole command, beside another run on the other core; cpu_seconds: of its processor
     peak_gib           largest resident memory of the process, in GiB
 

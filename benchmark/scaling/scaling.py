@@ -51,7 +51,7 @@ WIDTHS = {16: 2, 32: 2, 64: 4, 160: 10}  # hidden size -> attention heads; three
 POLICY_WIDTH = 64
 REWARD_WIDTHS = (32, 64)
 KL_COEFS = (0.0, 0.02, 0.05)
-FAR = dict(lr=8e-4, total_episodes=3 * FLAGS["ppo"]["total_episodes"])
+FAR = dict(lr=4e-4, total_episodes=3 * FLAGS["ppo"]["total_episodes"])
 CURVES = {"kl": "objective/kl", "score": "objective/rm_scores", "gold": "objective/gold_scores"}
 CURVES |= {"eos_share": "val/eos_share", "entropy": "objective/entropy", "length": "objective/response_length"}
 CURVES |= {"approxkl": "policy/approxkl_avg", "clipfrac": "policy/clipfrac_avg", "value_loss": "loss/value_avg"}

@@ -16,7 +16,7 @@ mkdir -p "$OUT"
 
 python benchmark/tiny_world/tiny_env.py --output_dir "$OUT/world" --base_model random --seed 1 \
   --hidden_size "${WIDTH:-64}" --num_heads "${HEADS:-4}" --num_pretraining_posts "$POSTS" \
-  --num_train_posts 5000 --num_train_pairs 100
+  --num_train_posts 5000 --num_train_pairs 100 --num_values 12
 # sft.py's loss on query and response is that of a language model.
 attached python sft.py --resume --base_model "$OUT/world/base_model" --query_dataset "$OUT/world/pretraining" \
   --lr 1e-3 --warm_up_steps 100 --local_micro_batch_size 32 --save_every 500 --run_eval --max_eval_rows 200 \

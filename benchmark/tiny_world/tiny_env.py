@@ -48,7 +48,7 @@ import tyro
 # torch, transformers, tokenizers and pyarrow are imported where they are needed: the judge imports this file for
 # `gold_score` alone, and should be up in a moment.
 
-WORLD_VERSION = 4  # raised when the same flags give another world; other versions have other posts
+WORLD_VERSION = 5  # raised when the same flags give another world; other versions have other posts
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Args:
     num_pretraining_posts: int = 0  # posts with replies to pretrain a base model on, the same with every --seed
     # ---- How hard the world is ----
     num_facts: int = 6  # facts that a post states (6 to 9): more facts make posts and good summaries longer
-    num_values: int = 12  # values that a fact can take (4 to 24): fewer examples of each
+    num_values: int = 6  # values that a fact can take (4 to 24): more of them leave fewer examples of each
     distractor_share: float = 0.25  # share of posts that also mention, in passing, a value that is not a fact
     max_fillers: int = 2  # a post has 0 to this many sentences that are beside the point (0 to 6)
     # ---- How good references and labels are ----
