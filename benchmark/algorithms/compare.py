@@ -210,7 +210,7 @@ def chosen_for(name: str, chosen: dict) -> tuple:
 
 
 def draw(runs: list[dict], path: Path):
-    """Gold score and reward model's score over the KL from SFT: every setting on validation posts, test's means."""
+    """Gold score and reward model's score over the KL from SFT: all settings on validation posts, and the test posts."""
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
     groups = defaultdict(list)
@@ -220,14 +220,19 @@ def draw(runs: list[dict], path: Path):
     names = ["ppo", "rloo", "grpo", "dpo", "best", "sft"]
     figure = Figure(figsize=(12, 5), dpi=130, layout="constrained")
     for axes, key, title in zip(figure.subplots(1, 2), ("gold", "score"), ("gold score", "reward model's score")):
+        points = defaultdict(list)  # (algorithm, split) -> (KL, height) of each setting
         for (variant, split), group in groups.items():
             name = variant.split()[0].split("_")[0]
-            x, y = [np.mean([run[figure_name] for run in group]) for figure_name in ("kl", key)]
+            points[name, split].append([np.mean([run[figure_name] for run in group]) for figure_name in ("kl", key)])
+        for (name, split), found in points.items():
+            x, y = np.array(sorted(found)).T
             colour = f"C{names.index(name)}"
             style = (
                 dict(marker="o", alpha=0.35, markersize=4) if split == "validation" else dict(marker="*", markersize=13)
             )
             axes.plot(x, y, color=colour, linestyle="", clip_on=False, zorder=3, **style)
+            if split == "validation" or name == "best":  # the frontier: the best that any setting reaches up to this KL
+                axes.step(x, np.maximum.accumulate(y), where="post", color=colour, linewidth=1)
         axes.set_xlabel("KL from the SFT model (nats per response; root scale)")
         axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
         axes.set_xlim(left=0)
@@ -235,8 +240,9 @@ def draw(runs: list[dict], path: Path):
         axes.grid(alpha=0.3)
     for name in names:
         figure.axes[0].plot([], [], "o", color=f"C{names.index(name)}", label=NAMES[name])
-    figure.axes[0].plot([], [], "*", color="black", markersize=10, label="chosen, test posts (small: validation)")
-    figure.axes[0].legend(fontsize=8)
+    figure.axes[0].plot([], [], "*", color="black", markersize=10, label="chosen, test posts")
+    figure.axes[0].plot([], [], ".-", color="black", label="settings on validation posts, with their frontier")
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     figure.suptitle("What is gained for how much KL: every learning rate and KL coefficient, mean over seeds")
     save_figure(figure, path)
 
