@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole of TL;DR RLHF on the embedded tiny environment: SFT, reward model, PPO, judge.
 #
-#   bash benchmark/quickstart.sh                 # about seven minutes on two cores, after the installation
+#   bash benchmark/quickstart.sh                 # under ten minutes on two cores, after the installation
 #   SEED=2 bash benchmark/quickstart.sh          # another seed of the training; OUT=FOLDER names another folder
 #   SIZE=smoke bash benchmark/quickstart.sh      # an easier world and less data: about two minutes, for tests
 #   PROCESSES=2 bash benchmark/quickstart.sh     # two processes under DeepSpeed ZeRO-2, with the same batches;

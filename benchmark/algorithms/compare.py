@@ -210,7 +210,7 @@ def chosen_for(name: str, chosen: dict) -> tuple:
 
 
 def draw(runs: list[dict], path: Path):
-    """Gold score and reward model's score over the KL from SFT: all settings on validation posts, and the test posts."""
+    """Gold score and reward model's score over the KL from SFT: settings on validation posts, and the test posts."""
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
     groups = defaultdict(list)

@@ -130,8 +130,8 @@ def main():
             print(table(results[-1:]).splitlines()[-1], flush=True)
     print("\n" + table(results))
     if args.output:
-        record = {"command": "python benchmark/systems/engines.py", "date": str(date.today())}
-        record |= {"hardware": describe_machine(), "results": results}
+        command = " ".join(["python benchmark/systems/engines.py", *sys.argv[1:]])
+        record = {"command": command, "date": str(date.today()), "hardware": describe_machine(), "results": results}
         write_atomically(args.output, json.dumps(record, indent=2))
 
 

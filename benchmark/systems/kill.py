@@ -206,7 +206,8 @@ def main():
     bad = 0
     for case in make_cases(args):
         result = {"script": case.script, "engine": case.engine, "date": date.today().isoformat()}
-        result |= {"command": "python benchmark/systems/kill.py", "hardware": describe_machine()}
+        command = " ".join(["python benchmark/systems/kill.py", *sys.argv[1:]])
+        result |= {"command": command, "hardware": describe_machine()}
         result["script_sha256"] = hashlib.sha256((ROOT / case.script).read_bytes()).hexdigest()
         result |= case.run(args.kills if case.engine == "one" else args.launched_kills)
         bad += result["differences"] + result["lost_metrics_lines"]

@@ -104,7 +104,8 @@ def main():
     facts_of = load_facts(str(args.env_dir))
     records = [collect(folder, args.split, facts_of) for folder in args.folders]
     if args.output:
-        result = {"command": "bash benchmark/quickstart.sh", "date": date.today().isoformat()}
+        command = "; ".join(f"SEED={record['seed']} bash benchmark/quickstart.sh" for record in records)
+        result = {"command": command, "date": date.today().isoformat()}
         result |= {"hardware": describe_machine(), "runs": records}
         write_atomically(args.output, json.dumps(result, indent=2))
     print(table(records))
