@@ -6,7 +6,7 @@ terms, how much in them is invented, and do they win against good references as 
 
 Prints, per file, over its rows (`id, query, response, reference`):
     n                        rows
-    gold, reference_gold     mean gold score of responses and of references; `..._ci95` of a figure: 95% bootstrap over rows
+    gold, reference_gold     mean gold score of responses and references; `..._ci95`: 95% bootstrap interval over rows
     win_rate                 share of rows whose response has the higher gold score; equal scores count half
     win_rate_thorough        the same over posts whose reference tells most of the facts, and
     win_rate_vague           over posts whose reference leaves most of them out
