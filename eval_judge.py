@@ -37,6 +37,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
+from runpy import run_path
 from typing import Literal, Optional
 from urllib.parse import urlsplit
 
@@ -132,6 +133,7 @@ def make_questions(samples: dict[str, Rows], template: str, args: Args) -> dict[
     for path, rows in samples.items():
         for post_id, row in rows.items():
             for letter in shown_as(args.order, args.seed, post_id):
+                # The judge never learns which of the two is the model's: it only sees A and B.
                 first, second = ("response", "reference") if letter == "A" else ("reference", "response")
                 prompt = fill_template(template, row["query"], row[first], row[second])
                 questions[os.path.normpath(path), post_id, letter] = prompt  # ./a.csv is a.csv
@@ -217,6 +219,7 @@ class Judge:
         """One request, which the client repeats while it fails; text and finish_reason of the reply."""
         args = self.args
         limit_name = self.limit_name
+        # At temperature 0 and with a fixed seed the same question gets the same verdict, as far as a server keeps that.
         settings = {limit_name: args.judge_max_tokens, "temperature": args.judge_temperature, "seed": args.judge_seed}
         try:
             response = await self.client.chat.completions.with_raw_response.create(
@@ -233,6 +236,7 @@ class Judge:
 
     async def ask(self, question: str, shown: str) -> dict:
         """Ask until a reply can be read or --max_retries is reached; `shown` is the letter of the response."""
+        # Guessing a letter would pull every win rate towards one half, and hide a judge that is unfit for the task.
         verdict = {"preferred": "unparsed", "tries": 0, "finish_reason": None, "error": None, "reply": ""}
         prompt = question
         replies = self.replies
@@ -243,6 +247,7 @@ class Judge:
                 letter = read_verdict(reply)
                 prompt = question + REMINDER.format(number=tries)
             except self.openai.APIError as error:
+                # What may pass, such as a rate limit, the client has waited for. The next run asks this question again.
                 return verdict | {"error": self.blame(error, replies), "tries": tries}
             except ValueError as error:
                 verdict |= {"error": self.one_line(error), "tries": tries}
@@ -260,11 +265,13 @@ class Judge:
 
 async def judge_all(questions: dict[Key, str], judge: Judge, identity: dict, file, bar: tqdm):
     """Ask all questions, `--concurrency` at a time, and append each verdict to `file` as it arrives."""
+    # A judge takes seconds per reply, nearly all of them waiting: many requests in flight at once, in one thread.
     slots = asyncio.Semaphore(judge.args.concurrency)
 
     async def settle(path: str, post_id: str, shown: str, prompt: str):
         async with slots:
             verdict = await judge.ask(prompt, shown)
+        # With the digest of its question a verdict can be used again, as long as neither text nor prompt has changed.
         about = {"samples": path, "id": post_id, "response_was_shown_as": shown, "question_sha256": sha256(prompt)}
         file.write(json.dumps(about | verdict | identity).encode("ascii") + b"\n")
         file.flush()  # now a killed process loses only the questions in flight
@@ -284,6 +291,8 @@ DOUBT = r"\b(?:[AB]|(?i:n?or|not?|neither|none|both|either|ties?|tied|equal(?:ly
 def read_letter(claim: str, reason_allowed: bool) -> Optional[str]:
     """The letter that one claim, free of markup, decides for: "A", "summary b.", "B)", "A, because it is complete"; or
     None: "A?", "A or B", "A comparison is hard", "A, but not by much"."""
+    # Judges are asked for one letter and write sentences. Only what admits one reading is read: a wrong verdict would
+    # stay unnoticed, an unreadable one is asked for again.
     name = r"(?i:(?:the )?(?:summary|option) )?"
     match = re.fullmatch(name + r"([ABab])\s*[.,;:!)]*", claim)
     if match is None and reason_allowed:
@@ -320,6 +329,7 @@ def post_score(preferred: list[Optional[str]]) -> Optional[float]:
     """One post's score from its verdicts: 1 win, 0 loss, 0.5 split. None if one is unparsed: it takes both orders."""
     if any(p not in ("response", "reference") for p in preferred):
         return None
+    # A judge that always says "A" gives every post 0.5 in this way, and not a win rate that depends on the order.
     return preferred.count("response") / len(preferred)
 
 
@@ -353,6 +363,8 @@ def fit_logistic(x: np.ndarray, y: np.ndarray) -> tuple[Optional[float], Optiona
     """Fit P(win) = sigmoid(intercept + slope x) by maximum likelihood; y (n,) in {0, 0.5, 1}, a tie half of each.
     Returns (intercept, slope, "") or (None, None, why there is no fit). A fit exists if and only if wins and losses
     overlap in x: without overlap the likelihood grows for ever with the slope, and any number would be made up."""
+    # The win rate at equal length, x = 0, is sigmoid(intercept): what is left without the judge's taste for length. The
+    # idea is that of the length-controlled AlpacaEval (arXiv 2404.04475), with the length as its only feature.
     wins, losses = x[y > 0], x[y < 1]  # a tie is in both
     if not (len(wins) and len(losses) and wins.min() < losses.max() and losses.min() < wins.max()):
         return None, None, "wins and losses do not overlap in length"
@@ -367,6 +379,8 @@ def fit_logistic(x: np.ndarray, y: np.ndarray) -> tuple[Optional[float], Optiona
 
 def length_bins(x: np.ndarray, scores: np.ndarray) -> list[dict]:
     """Win rate by log length ratio, in the bins between LENGTH_EDGES ([from, to); null is infinity), empty ones too."""
+    # The fit assumes a shape; the bins show whether it holds. The paper compares PPO with SFT in this way: PPO is ahead
+    # at every length, and not only because its summaries are longer.
     bins = []
     place = np.searchsorted(LENGTH_EDGES, x, side="right")  # (n,) index of the bin
     for i, (low, high) in enumerate(zip((None, *LENGTH_EDGES), (*LENGTH_EDGES, None))):
@@ -404,6 +418,7 @@ def summarise(samples: dict[str, Rows], verdicts: dict[Key, str], measure, unit:
         for post_id, row in rows.items():
             shown = shown_as(args.order, args.seed, post_id)
             found = [verdicts.get((os.path.normpath(path), post_id, letter)) for letter in shown]
+            # A fair judge that sees both orders says A as often as B, however good the model is.
             is_a += [(p == "response") == (letter == "A") for p, letter in zip(found, shown) if p is not None]
             score = post_score(found)
             if score is not None:
@@ -518,52 +533,14 @@ def load_length(tokenizer: Optional[str]):
 
 
 # ---- Report ----------------------------------------------------------------------------------------------------------
-def draw_report(summary: dict, path: str):
-    """report.png: on the left the win rates with intervals, on the right the win rate over the log length ratio."""
-    from matplotlib.figure import Figure  # without pyplot: no window, no global state
-    files = summary["samples"]
-    figure = Figure(figsize=(12, 5 + 0.4 * len(files)), dpi=120, layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1.3))
-    folders = [os.path.basename(os.path.dirname(os.path.abspath(name))) for name in files]
-    for i, (name, result) in enumerate(files.items()):
-        color = f"C{i % 10}"
-        label = folders[i] if folders.count(folders[i]) == 1 else name[-48:]
-        label = {"sft": "SFT", "ppo": "PPO"}.get(label, label).replace("$", r"\$")  # "$" would begin a formula
-        if not result["n"]:
-            left.text(0.02, -i + 0.15, f"{label}\nno verdicts", color=color)
-            continue
-        rate = result["win_rate"]
-        low, high = result["win_rate_ci95"] or (rate, rate)
-        left.text(0.02, -i + 0.15, f"{label}\n{rate:.3f}  [{low:.3f}, {high:.3f}], n = {result['n']}", color=color)
-        left.plot([low, high], [-i, -i], color=color, linewidth=2.5)
-        left.plot(rate, -i, "o", color=color, markersize=8)
-        bins = [b for b in result["by_length"] if b["n"]]
-        x = [b["mean_log_ratio"] for b in bins]
-        right.plot(x, [b["win_rate"] for b in bins], "o", color=color)
-        right.vlines(x, *np.transpose([b["win_rate_ci95"] for b in bins]), color=color)
-        fit = result["length_fit"]
-        if fit["slope"] is not None:
-            grid = np.linspace(min(x), max(x), 100)
-            right.plot(grid, 1 / (1 + np.exp(-fit["intercept"] - fit["slope"] * grid)), color=color)
-    rival = (summary["against"] or "the references")[-48:]
-    about = f"win rate against {rival}, judged by {summary['judge_model'][-48:]}".replace("$", r"\$")
-    left.axvline(0.5, color="gray", linestyle="--", linewidth=1)
-    title = "Win rate: share of posts, 95% bootstrap interval"
-    left.set(xlim=(0, 1), ylim=(-len(files) + 0.5, 0.7), yticks=[], xlabel=about, title=title)
-    right.axhline(0.5, color="gray", linestyle="--", linewidth=1)
-    right.axvline(0.0, color="gray", linestyle=":", linewidth=1)
-    right.set(ylim=(-0.02, 1.02), ylabel="win rate", title="Win rate by length: bins with 95% interval, logistic fit")
-    right.set_xlabel(f"log(response length / reference length), lengths in {result['length_unit']}")
-    figure.savefig(f"{path}.tmp", format="png")
-    os.replace(f"{path}.tmp", path)
-
-
-def write_page(samples: dict[str, Rows], summary: dict, measure, args: Args):
-    """report.html: every post with its summaries and the judge's replies, to be read in a browser."""
+def write_report(samples: dict[str, Rows], summary: dict, measure, args: Args):
+    """Write report.png, the win rates and the win rate by length, and report.html, every post with its summaries and
+    the judge's replies, to be read in a browser. Picture and page are made by files of benchmark/judges."""
+    folder = Path(__file__).resolve().parent / "benchmark/judges"
+    if not folder.exists():  # where this script was copied alone
+        return say(f"report.png and report.html are not written: there is no {folder}")
     from jinja2 import Environment
-    template = Path(__file__).resolve().parent / "benchmark/judges/report.html"
-    if not template.exists():  # where this script was copied alone
-        return say(f"report.html is not written: there is no {template}")
+    run_path(str(folder / "draw_report.py"))["draw_report"](summary, f"{args.output_dir}/report.png")
     lines = map(json.loads, Path(args.output_dir, "verdicts.jsonl").read_text().splitlines())
     replies = {(line["samples"], line["id"], line["response_was_shown_as"]): line for line in lines}
     posts = {}
@@ -578,7 +555,7 @@ def write_page(samples: dict[str, Rows], summary: dict, measure, args: Args):
             post = {"id": post_id, "query": row["query"], "reference": row["reference"], "systems": []}
             posts.setdefault(tuple(post.values())[:3], post)["systems"].append(system)
     picture = base64.b64encode(Path(args.output_dir, "report.png").read_bytes()).decode()
-    page = Environment(autoescape=True).from_string(template.read_text(encoding="utf-8"))
+    page = Environment(autoescape=True).from_string((folder / "report.html").read_text(encoding="utf-8"))
     write_file(f"{args.output_dir}/report.html", page.render(posts=[*posts.values()], summary=summary, picture=picture))
 
 
@@ -631,6 +608,7 @@ def claim_folder(folder: str) -> FileLock:
     lock = FileLock(f"{folder}/.lock", blocking=False)
     with refuse_on_error(f"--output_dir {folder} is in use by another run: wait for it to end"):
         lock.acquire()  # until the process ends, however that may be
+    # Looked at behind the lock: another run may have filled the folder while this one was starting.
     names = [name for name in os.listdir(folder) if not re.fullmatch(r"\..*|args\.json\.tmp", name)]
     is_ours = "args.json" in names and b'"script": "eval_judge.py"' in Path(folder, "args.json").read_bytes()
     if names and not is_ours:
@@ -641,6 +619,7 @@ def claim_folder(folder: str) -> FileLock:
 def load_verdicts(path: str, questions: dict[Key, str], identity: dict) -> dict[Key, str]:
     """Read the verdicts of earlier runs: {question answered: "response" or "reference"}. A line that another judge or
     prompt gave, or that judged another text, ends the run: verdicts of different meaning must not be mixed."""
+    # A judge costs money: what has been answered is not asked again. A question whose reply could not be read is.
     verdicts = {}
     content = Path(path).read_bytes() if os.path.exists(path) else b""
     *lines, incomplete = content.split(b"\n")
@@ -675,14 +654,16 @@ def main():
     samples = read_all_samples(args)
     measure, unit = load_length(args.tokenizer)
     questions = make_questions(samples, template, args)
-    # What must be equal for two verdicts to be in one summary. Addresses and limits only decide whether there is one.
+    # What must be equal for two verdicts to be in one summary: another judge or prompt has another win rate. Addresses
+    # and limits only decide whether there is one.
     identity = {name: getattr(args, name) for name in ("judge_model", "judge_temperature", "judge_seed", "order")}
     identity |= {"prompt_sha256": sha256(template), "order_seed": args.seed if args.order == "random" else None}
     path = f"{args.output_dir}/verdicts.jsonl"
     kept = f"the verdicts are kept in {path}, and the same command goes on from there"
     try:
         with claim_folder(args.output_dir):
-            # 2. See what earlier runs have left to ask
+            # 2. See what earlier runs have left to ask. The flags are written before the first question, so that a
+            # verdict can always be traced to the run that asked for it.
             verdicts = load_verdicts(path, questions, identity)
             missing = {key: prompt for key, prompt in questions.items() if key not in verdicts}
             record = {"script": "eval_judge.py", "args": asdict(args), "command": sys.argv}
@@ -703,8 +684,7 @@ def main():
             summary = {name: getattr(args, name) for name in ("judge_model", "order", "seed", "against")}
             summary |= {"prompt_sha256": sha256(template)} | summarise(samples, verdicts, measure, unit, args)
             write_file(f"{args.output_dir}/summary.json", json.dumps(summary, indent=2) + "\n")
-            draw_report(summary, f"{args.output_dir}/report.png")
-            write_page(samples, summary, measure, args)
+            write_report(samples, summary, measure, args)
             print_summary(summary)
     except JudgeError as error:
         refuse(f"{error}; {kept}")
