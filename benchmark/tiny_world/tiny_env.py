@@ -48,7 +48,7 @@ import tyro
 # torch, transformers, tokenizers and pyarrow are imported where they are needed: the judge imports this file for
 # `gold_score` alone, and should be up in a moment.
 
-WORLD_VERSION = 5  # raised when the same flags give another world; other versions have other posts
+WORLD_VERSION = 6  # raised when the same flags give another world; other versions have other posts
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Args:
     num_train_posts: int = 8000  # posts (with references) to train on
     num_validation_posts: int = 600  # posts to choose settings on
     num_test_posts: int = 600  # posts to report on, once
-    num_train_pairs: int = 16000  # comparisons to train on; they are about the train posts
+    num_train_pairs: int = 10000  # comparisons to train on; they are about the train posts
     num_validation_pairs: int = 2000  # comparisons about the validation posts
     num_test_pairs: int = 2000  # comparisons about the test posts
     num_cnndm_pairs: int = 300  # comparisons in CNN/DM form (news articles instead of posts), for validation only
