@@ -244,6 +244,7 @@ class Harness:
             command += [part for name, value in SMOKE_WORLD.items() for part in (f"--{name}", value)]
         if self.jobs.run(command, self.root / "world.log") != 0:
             fail(f"the world could not be made, see {self.root}/world.log")
+        self.length, _ = load_length(str(self.world / "base_model"))  # here, since imports in threads may collide
 
     def folder(self, variant: Variant, seed: int, stage: str) -> Path:
         """Where a stage of a variant lies: in its own folder, or in that of the baseline it stands on."""
@@ -325,8 +326,7 @@ class Harness:
         facts = load_facts(str(self.world))
         rows = load_samples(str(folder / f"samples_{self.split}.csv"), facts)
         gold, _, won = scores(rows, facts)
-        length, _ = load_length(str(self.world / "base_model"))
-        lengths = [np.array([length(text) for text in texts]) for texts in (rows.response, rows.reference)]
+        lengths = [np.array([self.length(text) for text in texts]) for texts in (rows.response, rows.reference)]
         return gold, won, log_length_ratio(*lengths)
 
     def measure(self, variant: Variant, seed: int) -> dict:
