@@ -2,6 +2,7 @@
 SFT, best-of-n, DPO, RLOO, GRPO and PPO from the same SFT and reward models, on the tiny world.
 
     python benchmark/algorithms/compare.py                     # choose on validation, then test: a night on two cores
+    python benchmark/algorithms/compare.py --trl               # the same, with TRL's trainers beside
     python benchmark/algorithms/compare.py --smoke --seeds 1   # a small world: for trying out, the figures mean nothing
 
 An algorithm is a diff of this folder, applied to a copy of the scripts; PPO is ppo.py as it is. Models, world and flags
@@ -11,7 +12,8 @@ are those of the ablations, and the models of the baseline are shared with them 
     2. The chosen ones, best-of-n and SFT on the test posts, with --seeds.
 PPO, RLOO and GRPO sample the same number of responses; GRPO and RLOO take one step on each batch, PPO four. `rloo_long`
 and `grpo_long` sample three times as many, so that they take three steps where PPO takes four. DPO sees the reward
-model's pairs.
+model's pairs. With --trl, the RLOO, GRPO and DPO of TRL 1.16 are trained with the settings that were chosen for the diffs,
+on the same models and data; systems/peers/run_trl.py says what they do otherwise.
 
 Everything is sampled and measured at the training temperature of 0.7: only so is the KL that of the samples, and
 best-of-n comparable. Of a run:
@@ -19,7 +21,7 @@ best-of-n comparable. Of a run:
     lc_win_rate        win rate at equal length: logistic regression on the log length ratio, as eval_judge.py has it;
                        missing where there is no fit
     kl, score          log-ratio to the SFT model summed over a response (best-of-n: see its diff); reward model's score
-    length, eos_share  tokens; share that end by EOS (not of DPO)
+    length, eos_share  tokens; share that end by EOS
     kl_bound           of best-of-n: log n - (n - 1) / n; accuracy: of DPO's implicit reward, on held-out pairs
     seconds            of the whole command, beside another run on the other core; cpu_seconds: of its processor
     peak_gib           largest resident memory of the process, in GiB
@@ -28,6 +30,7 @@ algorithms.jsonl has one line per run, added when the run ends; a run that has o
 """
 
 import json
+import subprocess
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -41,7 +44,7 @@ from scipy.special import expit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import ppo  # noqa: E402
-from benchmark.ablations.ablate import FLAGS, Harness, Variant, cell, paired, report_missing  # noqa: E402
+from benchmark.ablations.ablate import FLAGS, Harness, Variant, cell, fail, paired, report_missing  # noqa: E402
 from benchmark.systems.processes import ROOT, launch, save_figure, write_atomically  # noqa: E402
 from benchmark.tiny_world.gold import load_samples  # noqa: E402
 from benchmark.tiny_world.tiny_env import load_facts  # noqa: E402
@@ -58,12 +61,15 @@ ALGORITHMS = {
     "rloo_long": ("rloo", {"total_episodes": 3 * EPISODES}),
     "grpo_long": ("grpo", {"total_episodes": 3 * EPISODES}),
 }
+TRL = ("trl_rloo", "trl_grpo", "trl_dpo")  # TRL's trainers
+ALGORITHMS |= {name: (None, {}) for name in TRL}
 LEARNING_RATES = (1e-4, 2e-4, 4e-4, 8e-4)
 GRID = {name: [(lr, kl) for lr in LEARNING_RATES for kl in (0.025, 0.05, 0.1)] for name in ("ppo", "rloo", "grpo")}
 GRID["dpo"] = [(lr, beta) for lr in LEARNING_RATES for beta in (0.05, 0.1, 0.3)]
 NS = (1, 4, 16, 64)
 NAMES = {"ppo": "PPO", "rloo": "RLOO", "grpo": "GRPO", "dpo": "DPO", "best": "best of n", "sft": "SFT"}
 NAMES |= {"rloo_long": "RLOO, 3 x the episodes", "grpo_long": "GRPO, 3 x the episodes"}
+NAMES |= {name: f"TRL's {name[4:].upper()}" for name in TRL}
 NAMES |= {f"best_of_{n}": f"best of {n}" for n in NS[1:]}
 
 
@@ -77,6 +83,7 @@ class Args:
     out: Optional[Path] = None
     """file for the runs (.jsonl), with table (.md) and picture (.png) beside it. Default:
     benchmark/results/algorithms.jsonl; with --smoke in the folder of the runs"""
+    trl: bool = False  # TRL's trainers as well; the first call makes their environment
     smoke: bool = False  # a small world, a few updates and one setting: the figures mean nothing
 
 
@@ -108,8 +115,36 @@ class Comparison(Harness):
         where = {name: value for name, value in self.where.items() if name != "split"}
         return [run for run in self.runs() if where.items() <= run.items()]
 
+    def trl_command(self, variant: Variant, seed: int) -> list:
+        """Training by TRL, with the flags that the diff would have."""
+        algorithm = variant.name.split()[0].removeprefix("trl_")
+        ours = self.flags["sft" if algorithm == "dpo" else "ppo"]
+        micro_batch = ours["local_micro_batch_size"]
+        flags = {"algorithm": algorithm, "seed": seed, "lr": variant.flags["ppo"]["lr"], "micro_batch": micro_batch}
+        flags |= {"kl_coef": variant.flags["ppo"]["kl_coef"], "response_length": ours["response_length"]}
+        flags |= {"batch": micro_batch * ours.get("gradient_accumulation_steps", 1)}
+        flags |= {"total_episodes": self.flags["reward" if algorithm == "dpo" else "ppo"]["total_episodes"]}
+        flags |= {"warm_up_steps": ours.get("warm_up_steps", 0), "output_dir": self.folder(variant, seed, "ppo")}
+        flags |= {"query_dataset": self.world / "posts", "label_dataset": self.world / "comparisons"}
+        flags |= {f"{stage}_model_path": self.folder(variant, seed, stage) / "model" for stage in ("sft", "reward")}
+        peers = ROOT / "benchmark/systems/peers"
+        words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+        return [peers / ".venv-1.16.0/bin/python", peers / "run_trl.py", "--save", *words]
+
+    def sample(self, variant: Variant, seed: int):
+        """Responses of TRL's policy to the posts of the split, by the script that samples all others."""
+        folder = self.folder(variant, seed, "ppo")
+        flags = {"base_model": folder, "output_dir": folder / "sampled", "query_dataset": self.world / "posts"}
+        flags |= {"eval_split": self.split, "total_episodes": 0, "eval_temperature": TEMPERATURE, "seed": seed}
+        flags |= {"response_length": self.flags["sft"]["response_length"], "local_eval_batch_size": 200}
+        words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+        if self.jobs.run(launch(ROOT / "sft.py", ["--run_eval", "--resume", *words]), folder / "sampled.log") != 0:
+            fail(f"no samples of {variant.name}, seed {seed}: see {folder}/sampled.log")
+
     def command(self, variant: Variant, seed: int, stage: str) -> list:
         """That of the ablations; DPO runs a copy of sft.py instead of ppo.py."""
+        if stage == "ppo" and variant.name.startswith("trl_"):
+            return self.trl_command(variant, seed)
         if stage != "ppo" or not variant.name.startswith("dpo"):
             return super().command(variant, seed, stage)
         flags = self.flags["sft"] | {"total_episodes": self.flags["reward"]["total_episodes"]} | variant.flags["ppo"]
@@ -122,13 +157,16 @@ class Comparison(Harness):
     def measure(self, variant: Variant, seed: int) -> dict:
         """All figures of one run, as the header defines them."""
         folder = self.folder(variant, seed, "ppo")
+        if variant.name.startswith("trl_"):
+            self.sample(variant, seed)
+            folder = folder / "sampled"
         gold, won, log_ratio = self.read_samples(folder)
         intercept, _, _ = fit_logistic(log_ratio, won)
         result = {"gold": gold.mean(), "win_rate": won.mean()}
         if intercept is not None:
             result["lc_win_rate"] = expit(intercept)
         summary = json.loads((folder / "summary.json").read_text())
-        summary |= self.score_again(variant, seed) if variant.name.startswith("dpo") else {}
+        summary |= self.score_again(variant, seed, folder) if variant.name.startswith(("dpo", "trl_")) else {}
         keys = {"kl": "kl", "score": "score", "length": "response_length", "eos_share": "eos_share"}
         keys |= {"accuracy": "accuracy", "kl_bound": "kl_bound"}  # of DPO's implicit reward; of best-of-n
         for name, key in keys.items():
@@ -137,11 +175,10 @@ class Comparison(Harness):
         return {name: float(f"{value:.5g}") for name, value in result.items()}
 
     @torch.no_grad()
-    def score_again(self, variant: Variant, seed: int) -> dict:
-        """Of DPO's samples, what ppo.py's evaluation tells of its own: KL, score, and length. They count as ended."""
+    def score_again(self, variant: Variant, seed: int, samples: Path) -> dict:
+        """Of DPO's and TRL's samples, what ppo.py's evaluation tells of its own: KL, score, and length. They count as ended."""
         sft, reward, policy = [self.folder(variant, seed, stage) / "model" for stage in ("sft", "reward", "ppo")]
-        samples = self.folder(variant, seed, "ppo") / f"samples_{self.split}.csv"
-        rows = load_samples(str(samples), load_facts(str(self.world)))
+        rows = load_samples(str(samples / f"samples_{self.split}.csv"), load_facts(str(self.world)))
         tokenizer = ppo.load_tokenizer(str(sft), "--base_model")
         policies = [ppo.load_causal_lm(str(path), tokenizer, 600, "policy") for path in (policy, sft)]
         reward_model = ppo.ScalarModel(ppo.load_classifier(str(reward), tokenizer, 600, "reward model"))
@@ -206,7 +243,7 @@ def table(runs: list[dict], chosen: dict) -> str:
 
 def chosen_for(name: str, chosen: dict) -> tuple:
     """Learning rate and KL coefficient of an algorithm; best-of-n and SFT have none."""
-    return chosen.get(name.removesuffix("_long"), ())
+    return chosen.get(name.removesuffix("_long").removeprefix("trl_"), ())
 
 
 def draw(runs: list[dict], path: Path):
@@ -215,7 +252,7 @@ def draw(runs: list[dict], path: Path):
 
     groups = defaultdict(list)
     for run in runs:
-        if "error" not in run:
+        if "error" not in run and not run["variant"].startswith("trl_"):
             groups[run["variant"], run["split"]].append(run)
     names = ["ppo", "rloo", "grpo", "dpo", "best", "sft"]
     figure = Figure(figsize=(12, 5), dpi=130, layout="constrained")
@@ -259,8 +296,11 @@ def main():
     print(f"chosen on validation posts: {best}", flush=True)
 
     harness = Comparison(args, "test", args.seeds)
+    if args.trl:
+        subprocess.run(["bash", ROOT / "benchmark/systems/peers/setup.sh", "1.16.0"], check=True)
     names = [name for name in ALGORITHMS if not (args.smoke and name.endswith("_long"))]
-    final = [make_variant(baseline, name, *best[name.removesuffix("_long")]) for name in names]
+    names = [name for name in names if args.trl or name not in TRL]
+    final = [make_variant(baseline, name, *chosen_for(name, best)) for name in names]
     final += [best_of(baseline, n) for n in NS]
     harness.prepare([baseline, *final])
     missing = harness.run_all(final)

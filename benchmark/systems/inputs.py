@@ -1,11 +1,12 @@
 """
-Models with random weights and posts, for timing: throughput.py runs this.
+Models with random weights, posts and comparisons, for timing: throughput.py runs this.
 
     python benchmark/systems/inputs.py FOLDER SHAPE NUMBER
 
-Writes FOLDER/sft and FOLDER/reward (models), FOLDER/posts and FOLDER/inputs.json. The posts are
-NUMBER of those of $TLDR_DIR, evenly spaced in the order of their lengths. Without that folder they are made up: one
-token per character, query lengths normal(344, 110) within 60 and 512, about those of the real posts.
+Writes FOLDER/sft and FOLDER/reward (models), FOLDER/posts, FOLDER/comparisons and FOLDER/inputs.json. There are NUMBER
+posts and NUMBER comparisons of those of $TLDR_DIR, evenly spaced in the order of their lengths. Without that folder
+they are made up: one token per character, query lengths normal(344, 110) within 60 and 512, about those of the real
+posts.
 """
 
 import json
@@ -74,6 +75,24 @@ def make_up():
     return pd.DataFrame(posts)
 
 
+def make_up_comparisons(posts):
+    """A comparison to every post."""
+    pairs = []
+    for post in posts.to_dict("records"):
+        summaries = [{"text": letter * 32, "policy": "", "note": ""} for letter in "de"]
+        pairs.append(dict(info=post, summaries=summaries, choice=0, batch="", split="train"))
+    return pd.DataFrame(pairs)
+
+
+def write_evenly_spaced(rows, number, folder):
+    """`number` of the rows, evenly spaced in the order of their column `length`; returns its mean."""
+    rows = rows.sort_values("length", kind="stable")
+    rows = rows.iloc[[int((i + 0.5) * len(rows) / number) for i in range(number)]]
+    folder.mkdir()
+    rows.drop(columns="length").to_parquet(folder / "train.parquet")
+    return float(rows.length.mean())
+
+
 def main():
     folder, shape, number = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     shutil.rmtree(folder, ignore_errors=True)
@@ -83,11 +102,12 @@ def main():
     posts = pd.read_parquet(f"{TLDR_DIR}/posts/train.parquet") if real else make_up()
     text = "SUBREDDIT: r/" + posts.subreddit + "\n\nTITLE: " + posts.title + "\n\nPOST: " + posts.post + "\n\nTL;DR:"
     posts["length"] = [min(512, len(ids)) for ids in tokenizer(text.tolist())["input_ids"]]
-    posts = posts.sort_values("length", kind="stable")
-    posts = posts.iloc[[int((i + 0.5) * len(posts) / number) for i in range(number)]]
-    (folder / "posts").mkdir()
-    posts.drop(columns="length").to_parquet(folder / "posts" / "train.parquet")
-    about = {"posts": "TL;DR posts" if real else "made-up posts", "query_tokens": float(posts.length.mean())}
+    pairs = pd.read_parquet(f"{TLDR_DIR}/comparisons/train.parquet") if real else make_up_comparisons(posts)
+    pairs = pairs[[info["post"] is not None for info in pairs["info"]]]  # not the pairs about news articles
+    pairs = pairs.assign(length=[len(info["post"]) for info in pairs["info"]])
+    query_tokens = write_evenly_spaced(posts, number, folder / "posts")
+    write_evenly_spaced(pairs, number, folder / "comparisons")
+    about = {"posts": "TL;DR posts" if real else "made-up posts", "query_tokens": query_tokens}
     (folder / "inputs.json").write_text(json.dumps(about))
 
 

@@ -1,6 +1,6 @@
 """
-How fast PPO is: ppo.py by itself, beside TRL's PPOTrainer, or beside ppo.py of an earlier commit. Likewise RLOO and
-GRPO, beside TRL's RLOOTrainer and GRPOTrainer.
+How fast PPO is: ppo.py by itself, beside TRL's PPOTrainer, or beside ppo.py of an earlier commit. Likewise RLOO, GRPO
+and DPO (in pairs per second), beside TRL's trainers.
 
     python benchmark/systems/throughput.py --shape 14m --runs 1
     python benchmark/systems/throughput.py --shape 14m --beside trl
@@ -8,8 +8,8 @@ GRPO, beside TRL's RLOOTrainer and GRPOTrainer.
     python benchmark/systems/throughput.py --shape 160m --beside fcc94c5 --runs 2 \\
         --out benchmark/results/speed_versions.json
 
-Every run is a command, a process of its own, on the models and posts of inputs.py, the same posts in every update. It
-is timed from line to line of its metrics.jsonl; the first update (allocation, caches) is not timed. Runs of both sides
+Every run is a command, a process of its own, on the models, posts and pairs of inputs.py, the same in every update. It
+is timed from line to line of its metrics.jsonl; the first update (allocation, caches) is not timed. Runs of both flags
 take turns, and the file is written after every pair. Beside the wall clock there are the processor seconds, and how
 many cores other processes kept busy. peers/run_trl.py says what TRL does otherwise; the first call makes its
 environment.
@@ -32,17 +32,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmark.systems.processes import ROOT, describe_machine, measure, warn_if_busy, write_atomically  # noqa: E402
 
 HERE = ROOT / "benchmark" / "systems"
-TRL = {"ppo": "1.12.0", "rloo": "1.16.0", "grpo": "1.16.0"}  # PPO has gone from later versions
+TRL = {"ppo": "1.12.0", "rloo": "1.16.0", "grpo": "1.16.0", "dpo": "1.16.0"}  # PPO has gone from later versions
 
 
 @dataclass
 class Args:
     shape: str = "14m"  # one of the shapes of inputs.py, or a folder with a config.json
-    algorithm: Literal["ppo", "rloo", "grpo"] = "ppo"  # ppo.py as it is, or with a diff of benchmark/algorithms
+    algorithm: Literal["ppo", "rloo", "grpo", "dpo"] = "ppo"  # ppo.py as it is, or a diff of benchmark/algorithms
     beside: Optional[str] = None  # trl, or (of ppo) a commit whose ppo.py is run; default: nothing
     runs: int = 5  # runs of each
     updates: int = 1  # updates that are timed in a run, after one that is not
-    batch: int = 16  # rows per update
+    batch: int = 16  # rows per update; of DPO, pairs
     micro_batch: int = 4  # rows per training pass
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     """auto: what the machine computes faster in, by a small probe; TRL runs in fp32"""
@@ -71,34 +71,41 @@ def old_script(commit, folder):
 
 
 def patched_script(algorithm, folder):
-    """ppo.py with a diff of benchmark/algorithms."""
+    """The script that a diff of benchmark/algorithms is of, with it."""
     from benchmark.ablations.ablate import Variant, patched_scripts
 
+    name = "sft.py" if algorithm == "dpo" else "ppo.py"
     variant = Variant(algorithm, path=ROOT / f"benchmark/algorithms/{algorithm}.diff")
-    path = folder / algorithm / "ppo.py"
+    path = folder / algorithm / name
     path.parent.mkdir(exist_ok=True)
-    path.write_text(patched_scripts(variant)["ppo.py"], encoding="utf-8")
+    path.write_text(patched_scripts(variant)[name], encoding="utf-8")
     return path
 
 
 def command_of(args, name, folder, output):
     """The command of one side, which writes output/metrics.jsonl."""
-    total = (1 + args.updates) * args.batch
+    flags = {"query_dataset": folder / "posts", "output_dir": output, "total_episodes": (1 + args.updates) * args.batch}
+    if args.algorithm == "dpo":
+        flags |= {"label_dataset": folder / "comparisons"}
+    else:
+        flags |= {"reward_model_path": folder / "reward"}
     if name == "trl":
-        flags = ["--folder", folder, "--output_dir", output, "--batch", args.batch]
-        flags += ["--micro_batch", args.micro_batch, "--total_episodes", total]
         python = HERE / f"peers/.venv-{TRL[args.algorithm]}/bin/python"
-        return [python, HERE / "peers/run_trl.py", "--algorithm", args.algorithm, *flags]
+        words = [python, HERE / "peers/run_trl.py", "--algorithm", args.algorithm]
+        flags |= {"sft_model_path": folder / "sft", "batch": args.batch, "micro_batch": args.micro_batch}
+        return words + [word for flag, value in flags.items() for word in (f"--{flag}", value)]
     if name == "old":
         script = old_script(args.beside, folder)
     else:
         script = ROOT / "ppo.py" if args.algorithm == "ppo" else patched_script(args.algorithm, folder)
-    flags = ["--sft_model_path", folder / "sft", "--reward_model_path", folder / "reward"]
-    flags += ["--query_dataset", folder / "posts", "--output_dir", output]
-    flags += ["--local_micro_batch_size", args.micro_batch, "--total_episodes", total]
-    flags += ["--gradient_accumulation_steps", args.batch // args.micro_batch]
-    flags += ["--local_rollout_forward_batch_size", args.batch]
-    return [sys.executable, script, *flags] + ["--bf16"] * (args.precision == "bf16")
+    if args.algorithm == "dpo":
+        flags |= {"base_model": folder / "sft"}
+    else:
+        flags |= {"sft_model_path": folder / "sft", "local_rollout_forward_batch_size": args.batch}
+    flags |= {"local_micro_batch_size": args.micro_batch}
+    flags |= {"gradient_accumulation_steps": args.batch // args.micro_batch}
+    words = [word for flag, value in flags.items() for word in (f"--{flag}", value)]
+    return [sys.executable, script, *words] + ["--bf16"] * (args.precision == "bf16")
 
 
 def time_run(args, name, folder):
@@ -114,7 +121,7 @@ def time_run(args, name, folder):
     seconds = statistics.median(update["seconds"] for update in updates)
     cpu = statistics.median(update["cpu_seconds"] for update in updates)
     found = {name: args.batch / seconds, f"{name}_seconds": seconds, f"{name}_cpu": cpu, f"{name}_gib": gib}
-    if name != "trl":
+    if name != "trl" and args.algorithm != "dpo":
         lines = (output / "metrics.jsonl").read_text().splitlines()[1 : 1 + args.updates]
         for key in ("time/rollout", "time/train"):
             found[f"{name}_{key}"] = statistics.median(json.loads(line)[key] for line in lines)

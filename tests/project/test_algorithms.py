@@ -257,7 +257,21 @@ def test_settings_are_chosen_on_validation_posts_and_paired_on_test_posts():
     runs += make("ppo lr 0.001 kl 0.05", "test", [5, 6, 7]) + make("rloo lr 0.0005 kl 0.1", "test", [4, 6, 5])
     runs += [{"variant": "rloo lr 0.0005 kl 0.1", "split": "test", "seed": 3, "error": "ppo: not finite"}]
     runs += make("rloo lr 0.001 kl 0.1", "test", [50])  # an earlier choice
-    header, _, first, second = compare.table(runs, compare.choose(runs)).splitlines()
+    runs += make("trl_rloo lr 0.0005 kl 0.1", "test", [3, 3])
+    header, _, first, second, third = compare.table(runs, compare.choose(runs)).splitlines()
     assert "gold" in header and first.startswith("| PPO | 0.001, 0.05 | 3 | 0 | 6.000 |")
     # The differences are -1, 0, -2: mean -1, standard error 1 / sqrt(3), t of two degrees of freedom 4.303.
     assert second.startswith("| RLOO | 0.0005, 0.1 | 3 | 1 | 5.000 |") and "| -1.000 [-3.484, +1.484] |" in second
+    assert third.startswith("| TRL's RLOO | 0.0005, 0.1 | 2 | 0 | 3.000 |")
+
+
+@pytest.mark.parametrize("algorithm, batch, episodes", [("rloo", 256, 2048), ("dpo", 16, 10000)])
+def test_trl_is_trained_with_the_flags_of_the_diff(tmp_path, algorithm, batch, episodes):
+    harness = compare.Comparison(compare.Args(work_dir=tmp_path), "test", (3,))
+    variant = compare.make_variant(compare.Variant("baseline"), f"trl_{algorithm}", 4e-4, 0.1)
+    words = [str(word) for word in harness.command(variant, 3, "ppo")]
+    assert words[0].endswith("peers/.venv-1.16.0/bin/python") and words[1].endswith("run_trl.py")
+    assert Path(words[words.index("--reward_model_path") + 1]) == harness.root / "baseline/seed3/reward/model"
+    for pair in (f"--algorithm {algorithm}", "--lr 0.0004", "--kl_coef 0.1", "--seed 3", "--response_length 28"):
+        assert pair in " ".join(words)
+    assert f"--batch {batch} " in " ".join(words) and f"--total_episodes {episodes} " in " ".join(words)

@@ -1,5 +1,7 @@
 """The benchmarks of benchmark/systems and benchmark/scaling at their smallest: figures, and that nothing is left."""
 
+import json
+import math
 import signal
 import statistics
 import sys
@@ -56,6 +58,17 @@ def test_an_algorithm_is_timed_as_its_diff_has_it(tmp_path):
     assert "samples_per_query" in text and "vf_coef" not in text
     trl = [str(word) for word in throughput.command_of(args, "trl", tmp_path, tmp_path / "out")]
     assert "peers/.venv-1.16.0/" in trl[0] and trl[1].endswith("run_trl.py") and trl[2:4] == ["--algorithm", "rloo"]
+    assert trl[trl.index("--reward_model_path") + 1] == str(tmp_path / "reward")
+
+
+def test_dpo_is_timed_on_comparisons(tmp_path):
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    GPTNeoXConfig(**sizes, vocab_size=300, max_position_embeddings=1024).save_pretrained(tmp_path / "nano")
+    flags = ("--shape", tmp_path / "nano", "--runs", 1, "--batch", 4, "--micro_batch", 2, "--algorithm", "dpo")
+    done = run(sys.executable, SYSTEMS / "throughput.py", *flags, "--work_dir", tmp_path / "work")
+    assert done.code == 0 and "medians: ours " in done.out, done.err
+    first = (tmp_path / "work/inputs-nano/output/metrics.jsonl").read_text().splitlines()[0]
+    assert json.loads(first)["dpo/loss"] == pytest.approx(math.log(2), abs=1e-3)
 
 
 def test_an_earlier_commit_is_timed_by_its_own_script(tmp_path):

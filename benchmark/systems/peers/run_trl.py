@@ -1,31 +1,44 @@
 """
-TRL's PPOTrainer, RLOOTrainer or GRPOTrainer on the models and posts of benchmark/systems/inputs.py; throughput.py runs
-it in an environment of its own: PPO with TRL 1.12, the others, which came when PPO had gone, with 1.16.
+TRL's PPOTrainer, RLOOTrainer, GRPOTrainer or DPOTrainer, on the same work as the scripts: throughput.py times it, and
+compare.py measures what it reaches. It runs in an environment of its own: PPO with TRL 1.12, since later versions have
+none; the others with 1.16.
 
-The same as in ppo.py and in benchmark/algorithms/rloo.diff and grpo.diff: models, tokenizer, queries, batch,
-micro-batch, epochs, responses per query, response length, temperature, KL coefficient, fp32, AdamW, sampling all rows
-of the batch at a time. Not the same, because TRL does it so: batches are padded to the longest query and response of
-the whole batch; PPO computes logits at all positions; in RLOO and GRPO the reward model tokenizes query and response
-again, from text. Switched off in TRL, in its favour: evaluation samples, gradient checkpointing (it would cost another
-forward pass, and save memory), checkpoints and reports.
+The same as in ppo.py and in the diffs of benchmark/algorithms: models, tokenizer, queries, pairs, batch, micro-batch,
+epochs, responses per query, response length, temperature, KL coefficient, fp32, AdamW and its settings, no clipping of
+gradients, sampling all rows of a batch at a time; in RLOO and GRPO the score, which is read at EOS, with the penalty
+for a missing EOS. Not the same, because TRL does it so: batches are padded to the longest query and response of the
+whole batch; PPO computes logits at all positions; DPO runs its two summaries without sorting them by length. Switched
+off in TRL, in its favour: evaluation samples, gradient checkpointing (it would cost another forward pass, and save
+memory), checkpoints and reports.
 """
 
 import argparse
+import json
 import os
 
 import pandas as pd
+import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--algorithm", choices=["ppo", "rloo", "grpo"])
-parser.add_argument("--folder", required=True, help="the folder that inputs.py has written")
+parser.add_argument("--algorithm", choices=["ppo", "rloo", "grpo", "dpo"])
+parser.add_argument("--sft_model_path", required=True, help="folder of the initial policy, and reference")
+parser.add_argument("--reward_model_path", help="folder of the reward model; not of DPO")
+parser.add_argument("--query_dataset", help="folder with train.parquet, posts; not of DPO")
+parser.add_argument("--label_dataset", help="folder with train.parquet, comparisons; of DPO")
 parser.add_argument("--output_dir", required=True, help="its metrics.jsonl gets a line at the end of every update")
-parser.add_argument("--batch", type=int)
-parser.add_argument("--micro_batch", type=int)
-parser.add_argument("--total_episodes", type=int)
+parser.add_argument("--batch", type=int, required=True, help="responses per update; of DPO, pairs")
+parser.add_argument("--micro_batch", type=int, required=True)
+parser.add_argument("--total_episodes", type=int, required=True)
+parser.add_argument("--lr", type=float, default=3e-6)
+parser.add_argument("--warm_up_steps", type=int, default=0)
+parser.add_argument("--kl_coef", type=float, default=0.05, help="KL penalty coefficient; of DPO, beta")
+parser.add_argument("--response_length", type=int, default=53)
+parser.add_argument("--seed", type=int, default=1)
+parser.add_argument("--save", action="store_true", help="write the policy to output_dir/model")
 args = parser.parse_args()
-os.makedirs(args.output_dir)
+os.makedirs(args.output_dir, exist_ok=True)
 
 
 class Line(TrainerCallback):
@@ -34,21 +47,34 @@ class Line(TrainerCallback):
             file.write("{}\n")
 
 
-def load(model_class, name, **options):
-    return model_class.from_pretrained(f"{args.folder}/{name}", trust_remote_code=False, **options)
+def load(model_class, folder, **options):
+    return model_class.from_pretrained(folder, trust_remote_code=False, **options)
 
 
-tokenizer = load(AutoTokenizer, "sft", padding_side="left")
-posts = pd.read_parquet(f"{args.folder}/posts/train.parquet")
-texts = "SUBREDDIT: r/" + posts.subreddit + "\n\nTITLE: " + posts.title + "\n\nPOST: " + posts.post + "\n\nTL;DR:"
-queries = [ids[-512:] for ids in tokenizer(texts.tolist())["input_ids"]]  # as long as those of ppo.py
-policy = load(AutoModelForCausalLM, "sft")
-reward = load(AutoModelForSequenceClassification, "reward", num_labels=1)
+tokenizer = load(AutoTokenizer, args.sft_model_path, padding_side="left")
+
+
+def cut_queries(posts):
+    """The query of each post, at most as long as those of the scripts."""
+    texts = [f"SUBREDDIT: r/{p['subreddit']}\n\nTITLE: {p['title']}\n\nPOST: {p['post']}\n\nTL;DR:" for p in posts]
+    return [ids[-512:] for ids in tokenizer(texts)["input_ids"]]
+
+
+def load_reward_model():
+    return load(AutoModelForSequenceClassification, args.reward_model_path, num_labels=1, dtype=torch.float32).eval()
+
+
+policy = load(AutoModelForCausalLM, args.sft_model_path, dtype=torch.float32)
 common = dict(
     output_dir=args.output_dir,
     per_device_train_batch_size=args.micro_batch,
     gradient_accumulation_steps=args.batch // args.micro_batch,
-    temperature=0.7,
+    learning_rate=args.lr,
+    warmup_steps=args.warm_up_steps,
+    adam_epsilon=1e-5,
+    weight_decay=0.01,
+    max_grad_norm=0.0,
+    seed=args.seed,
     bf16=False,
     use_cpu=True,
     gradient_checkpointing=False,
@@ -63,43 +89,82 @@ if args.algorithm == "ppo":
         total_episodes=args.total_episodes,
         local_rollout_forward_batch_size=args.batch,
         num_ppo_epochs=4,
-        response_length=53,
+        kl_coef=args.kl_coef,
+        temperature=0.7,
+        response_length=args.response_length,
         stop_token="eos",
         missing_eos_penalty=1.0,
         num_sample_generations=0,
     )
-    data = Dataset.from_dict({"input_ids": queries})
+    posts = pd.read_parquet(f"{args.query_dataset}/train.parquet").to_dict("records")
+    data = Dataset.from_dict({"input_ids": cut_queries(posts)})
     trainer = PPOTrainer(
         args=config,
         processing_class=tokenizer,
         model=policy,
-        ref_model=load(AutoModelForCausalLM, "sft"),
-        reward_model=reward,
-        value_model=load(AutoModelForSequenceClassification, "reward", num_labels=1),
+        ref_model=load(AutoModelForCausalLM, args.sft_model_path, dtype=torch.float32),
+        reward_model=load_reward_model(),
+        value_model=load_reward_model(),
         train_dataset=data,
         eval_dataset=data,
         callbacks=[Line],
     )
+elif args.algorithm == "dpo":
+    from trl import DPOConfig, DPOTrainer
+
+    config = DPOConfig(
+        **common,
+        max_steps=args.total_episodes // args.batch,
+        lr_scheduler_type="cosine",
+        beta=args.kl_coef,
+        precompute_ref_log_probs=True,
+    )
+    pairs = pd.read_parquet(f"{args.label_dataset}/train.parquet").to_dict("records")
+    rows = {"prompt": tokenizer.batch_decode(cut_queries([pair["info"] for pair in pairs]))}
+    for name, side in (("chosen", 0), ("rejected", 1)):
+        texts = [pair["summaries"][pair["choice"] ^ side]["text"] for pair in pairs]
+        rows[name] = [" " + text.lstrip() for text in texts]  # TRL adds EOS
+    trainer = DPOTrainer(
+        model=policy, args=config, train_dataset=Dataset.from_dict(rows), processing_class=tokenizer, callbacks=[Line]
+    )
 else:
     import trl
 
+    reward_model = load_reward_model()
+    offset = getattr(reward_model.config, "normalization_offset", 0.0)
+
+    @torch.no_grad()
+    def score(prompts, completion_ids, **others):
+        """The reward model's score at EOS, or the penalty: the text that TRL would give it has no EOS."""
+        rows = [query + response for query, response in zip(tokenizer(prompts)["input_ids"], completion_ids)]
+        batch = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
+        scores = (reward_model(**batch).logits.squeeze(1) - offset).tolist()
+        return [s if tokenizer.eos_token_id in ids else -1.0 for s, ids in zip(scores, completion_ids)]
+
     name = args.algorithm.upper()
+    own = {"loss_type": "grpo"} if args.algorithm == "grpo" else {}  # the paper's; TRL's default is another
     config = getattr(trl, f"{name}Config")(
         **common,
+        **own,
         max_steps=args.total_episodes // args.batch,
         num_generations=4,
         num_iterations=1,
-        beta=0.05,
-        max_completion_length=53,
+        beta=args.kl_coef,
+        temperature=0.7,
+        max_completion_length=args.response_length,
         top_k=0,
     )
+    posts = pd.read_parquet(f"{args.query_dataset}/train.parquet").to_dict("records")
     trainer = getattr(trl, f"{name}Trainer")(
         model=policy,
-        reward_funcs=reward,
+        reward_funcs=score,
         args=config,
-        train_dataset=Dataset.from_dict({"prompt": tokenizer.batch_decode(queries)}),
+        train_dataset=Dataset.from_dict({"prompt": tokenizer.batch_decode(cut_queries(posts))}),
         processing_class=tokenizer,
-        reward_processing_classes=tokenizer,
         callbacks=[Line],
     )
 trainer.train()
+if args.save:
+    trainer.save_model(f"{args.output_dir}/model")
+    with open(f"{args.output_dir}/summary.json", "w") as file:
+        json.dump({}, file)
