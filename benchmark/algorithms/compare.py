@@ -13,7 +13,8 @@ are those of the ablations, and the models of the baseline are shared with them 
 PPO, RLOO and GRPO sample the same number of responses; GRPO and RLOO take one step on each batch, PPO four. `rloo_long`
 and `grpo_long` sample three times as many, so that they take three steps where PPO takes four. DPO sees the reward
 model's pairs. With --trl, the RLOO, GRPO and DPO of TRL 1.16 are trained with the settings that were chosen for the diffs,
-on the same models and data; systems/peers/run_trl.py says what they do otherwise.
+on the same models and data; systems/peers/run_trl.py says what they do otherwise. Their costs are without the
+evaluation, and their KL, score and length are those of the responses' texts, as DPO's.
 
 Everything is sampled and measured at the training temperature of 0.7: only so is the KL that of the samples, and
 best-of-n comparable. Of a run:

@@ -114,6 +114,7 @@ def time_run(args, name, folder):
     shutil.rmtree(output, ignore_errors=True)
     precision = args.precision.replace("fp32", "no")
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "ACCELERATE_MIXED_PRECISION": precision}
+    environment |= {"DS_ACCELERATOR": "cpu"} if args.beside == "trl" else {}
     command = command_of(args, name, folder, output)
     gib, updates = measure(command, output / "metrics.jsonl", folder / f"{name}.log", env=environment, cwd=ROOT)
     updates = updates[: args.updates]
@@ -139,7 +140,8 @@ def main():
     if other == "trl":
         subprocess.run(["bash", HERE / "peers/setup.sh", TRL[args.algorithm]], check=True)
     folder = args.work_dir.resolve() / f"inputs-{Path(args.shape).name}"  # removed, if it is there, and made anew
-    run_python(HERE / "inputs.py", folder, args.shape, args.batch)
+    queries = args.batch // 4 if args.algorithm in ("rloo", "grpo") else args.batch  # they sample four to each
+    run_python(HERE / "inputs.py", folder, args.shape, queries)
     result = json.loads((folder / "inputs.json").read_text()) | {"machine": describe_machine(), "beside": args.beside}
     result |= {name: getattr(args, name) for name in ("algorithm", "shape", "batch", "micro_batch", "precision")}
     result |= {"command": " ".join(["python benchmark/systems/throughput.py", *sys.argv[1:]])}

@@ -3,13 +3,18 @@ TRL's PPOTrainer, RLOOTrainer, GRPOTrainer or DPOTrainer, on the same work as th
 compare.py measures what it reaches. It runs in an environment of its own: PPO with TRL 1.12, since later versions have
 none; the others with 1.16.
 
-The same as in ppo.py and in the diffs of benchmark/algorithms: models, tokenizer, queries, pairs, batch, micro-batch,
-epochs, responses per query, response length, temperature, KL coefficient, fp32, AdamW and its settings, no clipping of
-gradients, sampling all rows of a batch at a time; in RLOO and GRPO the score, which is read at EOS, with the penalty
-for a missing EOS. Not the same, because TRL does it so: batches are padded to the longest query and response of the
-whole batch; PPO computes logits at all positions; DPO runs its two summaries without sorting them by length. Switched
-off in TRL, in its favour: evaluation samples, gradient checkpointing (it would cost another forward pass, and save
-memory), checkpoints and reports.
+The same as in ppo.py and in the diffs of benchmark/algorithms: models, tokenizer, batch, micro-batch, epochs, responses
+per query, response length, temperature, KL coefficient, learning rate and its schedule, fp32, AdamW, no clipping of
+gradients; in RLOO, GRPO and DPO also weight decay, suppressed ids, and the score, which is read at EOS, with -1 instead
+for a missing EOS. GRPO's KL term is the paper's; TRL's default multiplies it by the ratio.
+
+Not the same, because TRL does it so. On a CPU logits are computed at all positions, and RLOO, GRPO and DPO compute them
+again in the backward pass. PPO, RLOO and GRPO pad to the longest query and response of the whole batch; DPO's
+micro-batches are not of similar length. GRPO makes no pass for old logprobs. The responses of a batch are scored in one
+pass, and sampled by torch.multinomial. DPO measures entropy and mean logits too. Long queries are cut at the front, and
+no row is left out. The memory allocator has its default settings (`mallopt` in ppo.py). PPO ignores the normalisation
+offset, subtracts the penalty for a missing EOS from the score, and its losses are means of means. Order and samples are
+others. Switched off in TRL, in its favour: evaluation samples, gradient checkpointing, checkpoints and reports.
 """
 
 import argparse
@@ -39,6 +44,7 @@ parser.add_argument("--seed", type=int, default=1)
 parser.add_argument("--save", action="store_true", help="write the policy to output_dir/model")
 args = parser.parse_args()
 os.makedirs(args.output_dir, exist_ok=True)
+os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # that of the other side may be bf16
 
 
 class Line(TrainerCallback):
@@ -65,6 +71,9 @@ def load_reward_model():
 
 
 policy = load(AutoModelForCausalLM, args.sft_model_path, dtype=torch.float32)
+# As in the scripts: weight decay on all parameters. TRL makes the schedule.
+adam = dict(lr=args.lr, eps=1e-5, weight_decay=0.01, fused=True)
+optimizers = (torch.optim.AdamW(policy.parameters(), **adam), None)
 common = dict(
     output_dir=args.output_dir,
     per_device_train_batch_size=args.micro_batch,
@@ -125,7 +134,12 @@ elif args.algorithm == "dpo":
         texts = [pair["summaries"][pair["choice"] ^ side]["text"] for pair in pairs]
         rows[name] = [" " + text.lstrip() for text in texts]  # TRL adds EOS
     trainer = DPOTrainer(
-        model=policy, args=config, train_dataset=Dataset.from_dict(rows), processing_class=tokenizer, callbacks=[Line]
+        model=policy,
+        args=config,
+        train_dataset=Dataset.from_dict(rows),
+        processing_class=tokenizer,
+        optimizers=optimizers,
+        callbacks=[Line],
     )
 else:
     import trl
@@ -142,7 +156,9 @@ else:
         return [s if tokenizer.eos_token_id in ids else -1.0 for s, ids in zip(scores, completion_ids)]
 
     name = args.algorithm.upper()
-    own = {"loss_type": "grpo"} if args.algorithm == "grpo" else {}  # the paper's; TRL's default is another
+    paper = {"loss_type": "grpo", "use_bias_correction_kl": False}  # TRL's defaults are others
+    own = paper if args.algorithm == "grpo" else {}
+    spare = [tokenizer.pad_token_id, *range(len(tokenizer), policy.config.vocab_size)]
     config = getattr(trl, f"{name}Config")(
         **common,
         **own,
@@ -153,6 +169,7 @@ else:
         temperature=0.7,
         max_completion_length=args.response_length,
         top_k=0,
+        generation_kwargs={"suppress_tokens": spare},
     )
     posts = pd.read_parquet(f"{args.query_dataset}/train.parquet").to_dict("records")
     trainer = getattr(trl, f"{name}Trainer")(
@@ -161,6 +178,7 @@ else:
         args=config,
         train_dataset=Dataset.from_dict({"prompt": tokenizer.batch_decode(cut_queries(posts))}),
         processing_class=tokenizer,
+        optimizers=optimizers,
         callbacks=[Line],
     )
 trainer.train()

@@ -7,6 +7,6 @@ cd "$(dirname "$0")"
 venv=.venv-${1:?name a version of TRL}
 if [ ! -f "$venv/installed" ]; then
     "${PYTHON:-python3}" -m venv "$venv"
-    "$venv/bin/pip" install --quiet "trl==$1" torch==2.13.0
+    "$venv/bin/pip" install --quiet "trl==$1" torch==2.13.0 transformers==5.23.0 accelerate==1.15.0
     touch "$venv/installed"
 fi
