@@ -113,8 +113,11 @@ def draw(tables: dict[str, list[pd.DataFrame]], reports: dict[str, list[dict]]) 
         axis.set_xlabel("difference of the scores (95% intervals)", fontsize=8)
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
-    lines, labels = axes[0].get_legend_handles_labels()
-    figure.legend(lines, [label.replace("$", r"\$") for label in labels], loc="outside lower center", fontsize=9)
+    shown = {}  # label -> line; a run is in the panels of its stage only
+    for axis in axes[: len(panels)]:
+        shown |= {label: line for line, label in zip(*axis.get_legend_handles_labels())}
+    labels = [label.replace("$", r"\$") for label in shown]
+    figure.legend(list(shown.values()), labels, loc="outside lower center", fontsize=9)
     return figure
 
 

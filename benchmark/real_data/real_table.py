@@ -15,6 +15,7 @@ from datetime import date
 from pathlib import Path
 from typing import Optional
 
+import numpy as np
 import pandas as pd
 import tyro
 from scipy import stats
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmark.systems.processes import ROOT, describe_machine, write_atomically  # noqa: E402
 
 STAGES = ("base", "sft", "reward", "judge_model", "ppo", "judge", "judge_against_sft")
-CURVES = ("objective/rm_scores", "objective/rlhf_reward", "objective/kl", "objective/response_length", "val/eos_share")
+CURVES = ("objective/scores", "objective/rlhf_reward", "objective/kl", "objective/response_length", "val/eos_share")
 
 
 @dataclass
@@ -47,21 +48,42 @@ def copies(response: str, post: str, words: int = 8) -> bool:
 
 
 def trend(values: pd.Series) -> dict:
-    """Mean over the first and over the last quarter of the updates, and the rise with its 95% interval (Welch's t)."""
-    n = max(2, len(values) // 4)
+    """Mean over the first and over the last third of the updates, and the rise with its 95% interval (Welch's t)."""
+    n = max(2, len(values) // 3)
     first, last = values[:n], values[-n:]
     low, high = stats.ttest_ind(last, first, equal_var=False).confidence_interval()
     means = {"first": first.mean(), "last": last.mean(), "rise": last.mean() - first.mean()}
     return {name: float(value) for name, value in (means | {"low": low, "high": high}).items()}
 
 
+def pair_accuracy(folder: Path, split: str) -> dict:
+    """
+    Of a reward model: the share of held-out pairs in which it scores the chosen summary higher (ties count half), with
+    its 95% interval by a bootstrap over posts, of which some have many pairs; and the share in which it is the longer.
+    """
+    table = pd.read_csv(folder / f"pairs_{split}.csv", keep_default_na=False)
+    right = (table.margin > 0) + 0.5 * (table.margin == 0)
+    posts = right.groupby(table.id).agg(["sum", "count"]).to_numpy()  # (posts, 2)
+    rates = lambda right, pairs, axis: right.sum(axis) / pairs.sum(axis)  # noqa: E731
+    options = dict(paired=True, method="percentile", rng=np.random.default_rng(0))
+    interval = stats.bootstrap(tuple(posts.T), rates, **options).confidence_interval
+    pairs = pd.read_parquet(folder.parent / "pairs" / folder.name / f"{split}.parquet")
+    lengths = [[len(s["text"]) for s in summaries] for summaries in pairs.summaries]
+    longer = [np.sign(pair[choice] - pair[1 - choice]) / 2 + 0.5 for pair, choice in zip(lengths, pairs.choice)]
+    found = {"accuracy": right.mean(), "low": interval.low, "high": interval.high, "longer": np.mean(longer)}
+    return {name: float(value) for name, value in found.items()} | {"pairs": len(table), "posts": len(posts)}
+
+
 def collect(folder: Path, split: str, number: int) -> dict:
     """All figures of the run: each stage's summary and cost, PPO's metrics per update, and some responses."""
     record = {stage: json.loads((folder / stage / "summary.json").read_text(encoding="utf-8")) for stage in STAGES}
     for stage in STAGES:
-        attempts = pd.read_json(folder / f"{stage}.cost", lines=True)
-        record[stage]["cost"] = attempts.sum().to_dict() | {"peak_gib": float(attempts.peak_gib.max())}
+        path = folder / f"{stage}.cost"
+        if path.exists():  # not of a stage that was killed right after its end
+            attempts = pd.read_json(path, lines=True)
+            record[stage]["cost"] = attempts.sum().to_dict() | {"peak_gib": float(attempts.peak_gib.max())}
     for stage in ("reward", "judge_model"):
+        record[stage]["accuracy_by_post"] = pair_accuracy(folder / stage, split)
         record[stage]["report"] = json.loads((folder / stage / f"eval_{split}.json").read_text(encoding="utf-8"))
     lines = (folder / "ppo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     record["ppo_updates"] = [line for line in map(json.loads, lines) if "objective/kl" in line]
@@ -84,19 +106,23 @@ def collect(folder: Path, split: str, number: int) -> dict:
 
 
 def markdown(record: dict) -> str:
-    """The figures of every stage, and PPO's curves by quarters."""
+    """The figures of every stage, and PPO's curves by thirds."""
     base, sft, reward, judge_model, ppo, judge, against_sft = (record[stage] for stage in STAGES)
     lines = [f"| {sft['eval/rows']} held-out posts | before SFT | after {sft['episodes']} examples |"]
     lines.append("|---|---|---|")
     for name in ("loss", "rouge1", "rouge2", "rougeL", "response_length", "eos_share"):
         lines.append(f"| {name} | {base[f'eval/{name}']:.3f} | {sft[f'eval/{name}']:.3f} |")
     for name, model in (("Reward model", reward), ("Judge's model, of the other half", judge_model)):
-        rate, low, high = [model[f"eval/accuracy{end}"] for end in ("", "_low", "_high")]
-        held_out = f"accuracy {rate:.3f} [{low:.3f}, {high:.3f}] on {model['eval/pairs']} held-out pairs"
-        groups = [f"{row['group']}: {row['accuracy']:.2f}" for row in model["report"]["accuracy by confidence"]]
+        found = model["accuracy_by_post"]
+        held_out = f"accuracy {found['accuracy']:.3f} [{found['low']:.3f}, {found['high']:.3f}] on {found['pairs']}"
+        held_out += f" held-out pairs of {found['posts']} posts (the longer summary: {found['longer']:.3f})"
+        groups = [
+            f"{row['group'] or 'not given'} {row['accuracy']:.2f} (n = {row['n']})"
+            for row in model["report"]["accuracy by confidence"]
+        ]
         lines.append(f"\n{name}, {model['episodes']} pairs: {held_out}. By confidence: {', '.join(groups)}.")
     if "trend" in record:
-        lines += ["\n| PPO | first quarter of the updates | last quarter | rise, 95% interval |", "|---|---|---|---|"]
+        lines += ["\n| PPO | first third of the updates | last third | rise, 95% interval |", "|---|---|---|---|"]
     for name, found in record.get("trend", {}).items():
         rise = f"{found['rise']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
         lines.append(f"| {name} | {found['first']:.3f} | {found['last']:.3f} | {rise} |")

@@ -1,5 +1,6 @@
 """
 Run a command with its output in a log, and append what it cost to a file: seconds, processor seconds, peak memory.
+An attempt that is killed together with this process leaves no line.
 
     python benchmark/real_data/timed.py COST.jsonl LOG COMMAND...
 """
