@@ -25,7 +25,7 @@ launch=(python)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # the matrices are too small for two threads to help
 [ "$PROCESSES" = 1 ] || launch=(accelerate launch --config_file "$CONFIG" --num_processes "$PROCESSES")
 case $SIZE in
-  full)  world=(); sft_rows=8000; pairs=10000; episodes=2048; norm=2000 ;;
+  full)  world=(); sft_rows=8000; pairs=10000; episodes=2560; norm=2000 ;;
   smoke) world=(--num_values 4 --max_fillers 0 --distractor_share 0 --num_train_posts 4000 --num_train_pairs 4000
                 --num_validation_posts 100 --num_test_posts 100
                 --num_validation_pairs 200 --num_test_pairs 200 --num_cnndm_pairs 30)

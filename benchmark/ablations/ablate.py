@@ -84,7 +84,7 @@ FLAGS = {
         total_episodes=10000, lr=2e-4, warm_up_steps=50, local_micro_batch_size=8, normalization_rows=2000
     ),
     "ppo": dict(
-        total_episodes=2048, lr=2e-4, local_micro_batch_size=64, gradient_accumulation_steps=4,
+        total_episodes=2560, lr=2e-4, local_micro_batch_size=64, gradient_accumulation_steps=4,
         local_rollout_forward_batch_size=128, response_length=28,
     ),
 }  # fmt: skip

@@ -48,7 +48,7 @@ import tyro
 # torch, transformers, tokenizers and pyarrow are imported where they are needed: the judge imports this file for
 # `gold_score` alone, and should be up in a moment.
 
-WORLD_VERSION = 7  # raised when the same flags give another world; other versions have other posts
+WORLD_VERSION = 8  # raised when the same flags give another world; other versions have other posts
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Args:
     distractor_share: float = 0.25  # share of posts that also mention, in passing, a value that is not a fact
     max_fillers: int = 2  # a post has 0 to this many sentences that are beside the point (0 to 6)
     # ---- How good references and labels are ----
-    vague_share: float = 0.65  # share of references that leave most facts out
+    vague_share: float = 0.6  # share of references that leave most facts out
     wrong_value_share: float = 0.04  # chance of each value in a reference to be wrong
     label_beta: float = 0.5  # a worker prefers the left summary with probability sigmoid(label_beta * gold margin)
     # ---- The base model (GPT-NeoX) ----
@@ -356,7 +356,8 @@ def write_reference(rng: random.Random, args: Args, facts: dict, distractors: di
     # Errors come before the choice of what to say, so that vague references have their share of them.
     wrong = [name for name in facts if rng.random() < args.wrong_value_share]
     told = alter(rng, args, facts, wrong, distractors)
-    text = say_vague(rng, told) if kind == "vague" else say_thorough(rng, drop_facts(rng, told, 0.7))
+    style = rng.choices(THOROUGH_STYLES, (1, 2, 2))[0]  # where its fact is left out, the first style takes its place
+    text = say_vague(rng, told) if kind == "vague" else say_thorough(rng, drop_facts(rng, told, 0.7), style)
     return kind, text + (say_noise(rng) if rng.random() < 0.1 else "")
 
 

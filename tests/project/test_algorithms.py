@@ -265,7 +265,7 @@ def test_settings_are_chosen_on_validation_posts_and_paired_on_test_posts():
     assert third.startswith("| TRL's RLOO | 0.0005, 0.1 | 2 | 0 | 3.000 |")
 
 
-@pytest.mark.parametrize("algorithm, batch, episodes", [("rloo", 256, 2048), ("dpo", 16, 10000)])
+@pytest.mark.parametrize("algorithm, batch, episodes", [("rloo", 256, 2560), ("dpo", 16, 10000)])
 def test_trl_is_trained_with_the_flags_of_the_diff(tmp_path, algorithm, batch, episodes):
     harness = compare.Comparison(compare.Args(work_dir=tmp_path), "test", (3,))
     variant = compare.make_variant(compare.Variant("baseline"), f"trl_{algorithm}", 4e-4, 0.1)
