@@ -434,8 +434,8 @@ def make_query(tokenizer, head: str, body: str, tail: str, max_tokens: int) -> t
             return query, token_ids
         if not body:
             return "", []
-        # A character is at most four tokens (UTF-8), so a shorter cut than this hardly ever fits.
-        end = len(body) - max(1, excess // 4)
+        # A character is at most one token in ASCII, four in UTF-8. A shorter cut than this hardly ever fits.
+        end = len(body) - max(1, excess if body.isascii() else excess // 4)
         newline = body.rfind("\n", 0, end + 1)
         body = body[: end if newline < 0 else newline]
 
