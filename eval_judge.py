@@ -683,8 +683,8 @@ def main():
             # 4. Count, and report
             summary = {name: getattr(args, name) for name in ("judge_model", "order", "seed", "against")}
             summary |= {"prompt_sha256": sha256(template)} | summarise(samples, verdicts, measure, unit, args)
-            write_report(samples, summary, measure, args)
             write_file(f"{args.output_dir}/summary.json", json.dumps(summary, indent=2) + "\n")
+            write_report(samples, summary, measure, args)
             print_summary(summary)
     except JudgeError as error:
         refuse(f"{error}; {kept}")

@@ -104,7 +104,8 @@ def draw(tables: dict[str, list[pd.DataFrame]], reports: dict[str, list[dict]]) 
         axis.axis("off")
     if reports:
         axis = axes[len(panels)]
-        for i, table in enumerate(map(pd.DataFrame, reports.values())):
+        for name, table in zip(reports, map(pd.DataFrame, reports.values())):
+            i = list(tables).index(name)
             errors = [(table.accuracy - table.low).clip(lower=0), (table.high - table.accuracy).clip(lower=0)]
             axis.errorbar(table.margin, table.accuracy, yerr=errors, fmt="o", capsize=3, color=f"C{i % 10}")
         line = np.linspace(0, max(pd.DataFrame(table).margin.max() for table in reports.values()), 100)
@@ -126,10 +127,12 @@ def main():
     if not args.runs or args.smooth < 1:
         fail("name at least one run; --smooth is at least 1")
     tables: dict[str, list[pd.DataFrame]] = {}
-    reports = {str(run): calibration(run) for run in args.runs if calibration(run)}
+    reports: dict[str, list[dict]] = {}  # of several runs of one name, all rows
     for run in args.runs:
         name = re.sub(r"(seed[-_]?)\d+", r"\1*", str(run)) if args.mean_over_seeds else str(run)
         tables.setdefault(name, []).append(load(run, args.smooth))
+        if calibration(run):
+            reports.setdefault(name, []).extend(calibration(run))
     temporary = args.output.with_name(args.output.name + ".tmp")
     try:
         draw(tables, reports).savefig(temporary, format="png")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The pipeline on real data: OpenAI's TL;DR posts and comparisons, and SmolLM2-135M-Instruct as the base model.
 #
-#   TLDR_DIR=FOLDER SIZE=short bash benchmark/real_data.sh   # for trying out: 10 to 15 minutes on two cores (estimate)
+#   TLDR_DIR=FOLDER SIZE=short bash benchmark/real_data.sh   # for trying out: 10 to 20 minutes on two cores
 #   TLDR_DIR=FOLDER bash benchmark/real_data.sh              # day: six hours on two cores (an estimate)
 #   TLDR_DIR=FOLDER SIZE=full bash benchmark/real_data.sh    # all posts, all pairs, 20,480 episodes: for a GPU
 #
@@ -24,10 +24,10 @@ case $SIZE in
   # Cut queries leave time for more episodes, and cost something: of 224 tokens, half of the posts' text is left on
   # average, while references and preferences are about all of it.
   short) sft="--total_episodes 32 --lr 1e-4"; rm="--total_episodes 32 --lr 5e-5 --normalization_rows 8"
-         ppo="--total_episodes 16 --lr 2e-5"; rows=8; pairs=16; batch=8; micro=4; query=128; half=500 ;;
+         ppo="--total_episodes 16 --lr 1e-5"; rows=8; pairs=16; batch=8; micro=4; query=128; half=500 ;;
   day)   sft="--total_episodes 1200 --lr 1e-4"
          rm="--total_episodes 960 --lr 5e-5 --warm_up_steps 5 --normalization_rows 200"
-         ppo="--total_episodes 384 --lr 2e-5"; rows=171; pairs=531; batch=32; micro=4; query=224; half="" ;;
+         ppo="--total_episodes 384 --lr 1e-5"; rows=171; pairs=531; batch=32; micro=4; query=224; half="" ;;
   full)  sft="--lr 1e-5"; rm="--lr 1e-5"; ppo="--total_episodes 20480 --lr 1e-5"
          rows=171; pairs=531; batch=128; micro=32; query=512; half="" ;;
   *) echo "error: SIZE is $SIZE; it is short, day or full" >&2; exit 2 ;;
