@@ -516,7 +516,8 @@ class ScalarModel(nn.Module):
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         hidden = self.body(input_ids=token_ids, use_cache=False).last_hidden_state  # (B, T, d)
         hidden = torch.take_along_dim(hidden, positions[..., None], dim=1)  # (B, P, d)
-        return self.head(hidden).squeeze(-1).float()  # (B, P)
+        with torch.autocast(hidden.device.type, enabled=False):  # in bf16, a score of 3 would be a multiple of 1/64
+            return self.head(hidden.to(self.head.weight.dtype)).squeeze(-1).float()  # (B, P)
 
 
 class PolicyAndValue(nn.Module):

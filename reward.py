@@ -200,7 +200,8 @@ class RewardModel(nn.Module):
         # Detail 13 (other positions): what the head says elsewhere is mostly negative and means nothing.
         last = (is_token * torch.arange(token_ids.shape[1], device=token_ids.device)).argmax(1)  # (B,)
         at_eos = outputs.last_hidden_state[torch.arange(len(last), device=last.device), last]  # (B, d)
-        return self.classifier.score(at_eos).squeeze(-1).float()  # (B,)
+        with torch.autocast(at_eos.device.type, enabled=False):  # in bf16, a score of 3 would be a multiple of 1/64
+            return self.classifier.score(at_eos.to(self.classifier.score.weight.dtype)).squeeze(-1).float()  # (B,)
 
 
 def init_head(model):

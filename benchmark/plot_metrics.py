@@ -131,8 +131,9 @@ def main():
     for run in args.runs:
         name = re.sub(r"(seed[-_]?)\d+", r"\1*", str(run)) if args.mean_over_seeds else str(run)
         tables.setdefault(name, []).append(load(run, args.smooth))
-        if calibration(run):
-            reports.setdefault(name, []).extend(calibration(run))
+        rows = calibration(run)
+        if rows:
+            reports.setdefault(name, []).extend(rows)
     temporary = args.output.with_name(args.output.name + ".tmp")
     try:
         draw(tables, reports).savefig(temporary, format="png")

@@ -53,7 +53,8 @@ import tyro
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from benchmark.systems.processes import ROOT, Jobs, describe_machine, launch, save_figure, write_atomically  # noqa: E402
+from benchmark.systems.processes import ROOT, Jobs, describe_machine, flag_words, launch  # noqa: E402
+from benchmark.systems.processes import save_figure, write_atomically  # noqa: E402
 from benchmark.tiny_world.gold import load_samples, mean_interval, scores  # noqa: E402
 from benchmark.tiny_world.tiny_env import WORLD_VERSION, fail, load_facts  # noqa: E402
 from eval_judge import load_length, log_length_ratio  # noqa: E402
@@ -241,7 +242,7 @@ class Harness:
         command = [sys.executable, ROOT / "benchmark/tiny_world/tiny_env.py", "--output_dir", self.world]
         command += ["--seed", self.args.world_seed]
         if self.args.smoke:
-            command += [part for name, value in SMOKE_WORLD.items() for part in (f"--{name}", value)]
+            command += flag_words(SMOKE_WORLD)
         if self.jobs.run(command, self.root / "world.log") != 0:
             fail(f"the world could not be made, see {self.root}/world.log")
         self.length, _ = load_length(str(self.world / "base_model"))  # here, since imports in threads may collide
@@ -261,9 +262,7 @@ class Harness:
         flags |= {"seed": seed, "query_dataset": f"{self.world}/posts", "run_eval": True, "eval_split": self.split}
         flags |= {"local_eval_batch_size": 200, "save_every": 0, "output_dir": self.folder(variant, seed, stage)}
         flags |= {f"{name}_model_path": self.folder(variant, seed, name) for name in STAGES[: STAGES.index(stage)]}
-        words = ["--resume"]
-        for name, value in flags.items():
-            words += [f"--{name}"] if value is True else [f"--{name}", value]
+        words = flag_words({"resume": True} | flags)
         config = "cpu_ddp.yaml" if variant.processes > 1 else None
         return launch(self.root / variant.name / "scripts" / f"{stage}.py", words, config, variant.processes)
 

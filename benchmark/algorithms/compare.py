@@ -46,7 +46,7 @@ from scipy.special import expit
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import ppo  # noqa: E402
 from benchmark.ablations.ablate import FLAGS, Harness, Variant, cell, fail, paired, report_missing  # noqa: E402
-from benchmark.systems.processes import ROOT, launch, save_figure, write_atomically  # noqa: E402
+from benchmark.systems.processes import ROOT, flag_words, launch, save_figure, write_atomically  # noqa: E402
 from benchmark.tiny_world.gold import load_samples  # noqa: E402
 from benchmark.tiny_world.tiny_env import load_facts  # noqa: E402
 from eval_judge import fit_logistic  # noqa: E402
@@ -129,8 +129,7 @@ class Comparison(Harness):
         flags |= {"query_dataset": self.world / "posts", "label_dataset": self.world / "comparisons"}
         flags |= {f"{stage}_model_path": self.folder(variant, seed, stage) / "model" for stage in ("sft", "reward")}
         peers = ROOT / "benchmark/systems/peers"
-        words = [word for name, value in flags.items() for word in (f"--{name}", value)]
-        return [peers / ".venv-1.16.0/bin/python", peers / "run_trl.py", "--save", *words]
+        return [peers / ".venv-1.16.0/bin/python", peers / "run_trl.py", "--save", *flag_words(flags)]
 
     def sample(self, variant: Variant, seed: int):
         """Responses of TRL's policy to the posts of the split, by the script that samples all others."""
@@ -138,8 +137,8 @@ class Comparison(Harness):
         flags = {"base_model": folder, "output_dir": folder / "sampled", "query_dataset": self.world / "posts"}
         flags |= {"eval_split": self.split, "total_episodes": 0, "eval_temperature": TEMPERATURE, "seed": seed}
         flags |= {"response_length": self.flags["sft"]["response_length"], "local_eval_batch_size": 200}
-        words = [word for name, value in flags.items() for word in (f"--{name}", value)]
-        if self.jobs.run(launch(ROOT / "sft.py", ["--run_eval", "--resume", *words]), folder / "sampled.log") != 0:
+        flags |= {"run_eval": True, "resume": True}
+        if self.jobs.run(launch(ROOT / "sft.py", flag_words(flags)), folder / "sampled.log") != 0:
             fail(f"no samples of {variant.name}, seed {seed}: see {folder}/sampled.log")
 
     def command(self, variant: Variant, seed: int, stage: str) -> list:
@@ -152,8 +151,8 @@ class Comparison(Harness):
         flags |= {"seed": seed, "base_model": self.folder(variant, seed, "sft"), "eval_split": self.split}
         flags |= {"query_dataset": self.world / "posts", "label_dataset": self.world / "comparisons", "save_every": 0}
         flags |= {"local_eval_batch_size": 200, "output_dir": self.folder(variant, seed, "ppo")}
-        words = [word for name, value in flags.items() for word in (f"--{name}", value)]
-        return launch(self.root / variant.name / "scripts" / "sft.py", ["--resume", "--run_eval", *words])
+        flags |= {"run_eval": True, "resume": True}
+        return launch(self.root / variant.name / "scripts" / "sft.py", flag_words(flags))
 
     def measure(self, variant: Variant, seed: int) -> dict:
         """All figures of one run, as the header defines them."""

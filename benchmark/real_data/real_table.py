@@ -59,14 +59,18 @@ def trend(values: pd.Series) -> dict:
 def pair_accuracy(folder: Path, split: str) -> dict:
     """
     Of a reward model: the share of held-out pairs in which it scores the chosen summary higher (ties count half), with
-    its 95% interval by a bootstrap over posts, of which some have many pairs; and the share in which it is the longer.
+    its 95% interval by a bootstrap over posts, of which some have many pairs; and the share of all pairs of the split in
+    which the chosen summary is the longer.
     """
     table = pd.read_csv(folder / f"pairs_{split}.csv", keep_default_na=False)
     right = (table.margin > 0) + 0.5 * (table.margin == 0)
     posts = right.groupby(table.id).agg(["sum", "count"]).to_numpy()  # (posts, 2)
-    rates = lambda right, pairs, axis: right.sum(axis) / pairs.sum(axis)  # noqa: E731
+
+    def rate(right, pairs, axis):
+        return right.sum(axis) / pairs.sum(axis)
+
     options = dict(paired=True, method="percentile", rng=np.random.default_rng(0))
-    interval = stats.bootstrap(tuple(posts.T), rates, **options).confidence_interval
+    interval = stats.bootstrap(tuple(posts.T), rate, **options).confidence_interval
     pairs = pd.read_parquet(folder.parent / "pairs" / folder.name / f"{split}.parquet")
     lengths = [[len(s["text"]) for s in summaries] for summaries in pairs.summaries]
     longer = [np.sign(pair[choice] - pair[1 - choice]) / 2 + 0.5 for pair, choice in zip(lengths, pairs.choice)]
@@ -115,7 +119,7 @@ def markdown(record: dict) -> str:
     for name, model in (("Reward model", reward), ("Judge's model, of the other half", judge_model)):
         found = model["accuracy_by_post"]
         held_out = f"accuracy {found['accuracy']:.3f} [{found['low']:.3f}, {found['high']:.3f}] on {found['pairs']}"
-        held_out += f" held-out pairs of {found['posts']} posts (the longer summary: {found['longer']:.3f})"
+        held_out += f" held-out pairs of {found['posts']} posts (by length alone: {found['longer']:.3f})"
         groups = [
             f"{row['group'] or 'not given'} {row['accuracy']:.2f} (n = {row['n']})"
             for row in model["report"]["accuracy by confidence"]

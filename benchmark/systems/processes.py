@@ -64,6 +64,14 @@ def kill_tree(process):
     signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
+def flag_words(flags):
+    """The words of a command for {name: value}; a flag that is True has no value."""
+    words = []
+    for name, value in flags.items():
+        words += [f"--{name}"] if value is True else [f"--{name}", value]
+    return words
+
+
 def launch(script, flags, config=None, processes=2):
     """The command of a script: plain python, or accelerate with one of benchmark/accelerate's files."""
     if config is None:

@@ -9,7 +9,7 @@ and DPO (in pairs per second), beside TRL's trainers.
         --out benchmark/results/speed_versions.json
 
 Every run is a command, a process of its own, on the models, posts and pairs of inputs.py, the same in every update. It
-is timed from line to line of its metrics.jsonl; the first update (allocation, caches) is not timed. Runs of both flags
+is timed from line to line of its metrics.jsonl; the first update (allocation, caches) is not timed. Runs of both sides
 take turns, and the file is written after every pair. Beside the wall clock there are the processor seconds, and how
 many cores other processes kept busy. peers/run_trl.py says what TRL does otherwise; the first call makes its
 environment.
@@ -29,7 +29,8 @@ from typing import Literal, Optional
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from benchmark.systems.processes import ROOT, describe_machine, measure, warn_if_busy, write_atomically  # noqa: E402
+from benchmark.systems.processes import ROOT, describe_machine, flag_words, measure  # noqa: E402
+from benchmark.systems.processes import warn_if_busy, write_atomically  # noqa: E402
 
 HERE = ROOT / "benchmark" / "systems"
 TRL = {"ppo": "1.12.0", "rloo": "1.16.0", "grpo": "1.16.0", "dpo": "1.16.0"}  # PPO has gone from later versions
@@ -93,7 +94,7 @@ def command_of(args, name, folder, output):
         python = HERE / f"peers/.venv-{TRL[args.algorithm]}/bin/python"
         words = [python, HERE / "peers/run_trl.py", "--algorithm", args.algorithm]
         flags |= {"sft_model_path": folder / "sft", "batch": args.batch, "micro_batch": args.micro_batch}
-        return words + [word for flag, value in flags.items() for word in (f"--{flag}", value)]
+        return words + flag_words(flags)
     if name == "old":
         script = old_script(args.beside, folder)
     else:
@@ -104,8 +105,7 @@ def command_of(args, name, folder, output):
         flags |= {"sft_model_path": folder / "sft", "local_rollout_forward_batch_size": args.batch}
     flags |= {"local_micro_batch_size": args.micro_batch}
     flags |= {"gradient_accumulation_steps": args.batch // args.micro_batch}
-    words = [word for flag, value in flags.items() for word in (f"--{flag}", value)]
-    return [sys.executable, script, *words] + ["--bf16"] * (args.precision == "bf16")
+    return [sys.executable, script, *flag_words(flags)] + ["--bf16"] * (args.precision == "bf16")
 
 
 def time_run(args, name, folder):

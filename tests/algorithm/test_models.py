@@ -413,6 +413,17 @@ def test_bias_and_offset_of_a_reward_model_are_kept(small, tmp_path):
         assert_close(reward.RewardModel(classifier)(rows)[:, None] - classifier.config.normalization_offset, expected)
 
 
+def test_scores_are_not_rounded_to_bf16(small):
+    """Under autocast the body computes in bf16, the head in fp32: near scores stay different."""
+    nets = load_networks(small.lm, small.rm)
+    rows = torch.arange(640).view(64, 10) % 300
+    model = reward.RewardModel(reward.load_classifier(small.rm, reward.load_tokenizer(small.rm, ""), 10, ""))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        for scores in (nets.reward_model(rows, torch.full((64, 1), 9)), model(rows)):
+            assert scores.dtype == torch.float32
+            assert (scores != scores.bfloat16().float()).float().mean() > 0.9
+
+
 def test_rows_for_ids_beyond_the_embedding_are_the_mean_and_equal(small, tmp_path):
     """[PAD] and 90 ids more: the first KL is exactly 0 in a run whose prompts and samples hold them."""
     tokenizer = make_tokenizer()

@@ -150,7 +150,9 @@ def test_loading(models):
 def test_reward_model():
     """A head with standard deviation 1, and the score read at the last position."""
     rows = torch.tensor([[5, 6, EOS, PAD], [5, 6, 7, EOS]])
-    classifier = SimpleNamespace(score=torch.nn.Identity(), config=SimpleNamespace(pad_token_id=PAD))
+    score = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.ones_(score.weight)
+    classifier = SimpleNamespace(score=score, config=SimpleNamespace(pad_token_id=PAD))
     classifier.base_model = lambda input_ids, **_: SimpleNamespace(last_hidden_state=input_ids[..., None])
     for name, tokens in (("", [EOS, EOS]), ("reward_last_position", [PAD, EOS])):
         assert patched(name, "reward").RewardModel(classifier)(rows).tolist() == tokens

@@ -13,6 +13,7 @@ PAGES = {path: (ROOT / path).read_text(encoding="utf-8") for path in ("README.md
 README = PAGES["README.md"]
 RESULTS = ROOT / "benchmark" / "results"
 FILES = [path for name in ("*.*", "benchmark/**/*", "tests/**/*") for path in ROOT.glob(name)]
+FILES = [path for path in FILES if not any(part.startswith(".venv") for part in path.parts)]  # peers have their own
 TRAINERS = ("sft.py", "reward.py", "ppo.py")
 SOURCES = {name: (ROOT / name).read_text(encoding="utf-8") for name in (*TRAINERS, "eval_judge.py")}
 
