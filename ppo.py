@@ -265,7 +265,7 @@ def response_masks(responses: torch.Tensor, pad_token_id: int) -> dict:
         valid          1       1       1       0       0         logprobs, KL penalty, policy loss
         valid_p1       1       1       1       1       0         values, value loss
         values are of  query   a       b       EOS     -         the value model's output at this token
-        rewards        -KL     -KL     -KL     score   0
+        rewards        -b KL   -b KL   -b KL   score   0       b is kl_coef
 
     >>> response_masks(torch.tensor([[5, 0, 9, 9]]), pad_token_id=9)   # a token, EOS (0), padding
     {'valid': tensor([[ True,  True, False, False]]), 'valid_p1': tensor([[ True,  True,  True, False]])}
@@ -327,7 +327,7 @@ def response_logprobs(policy, token_ids, positions, responses, pad_token_id: int
     keep = torch.zeros_like(token_ids, dtype=torch.bool).scatter(1, positions, valid)  # (B, T)
     logits = policy(input_ids=token_ids, logits_to_keep=keep, use_cache=False).logits  # (K, V)
     # Detail T (temperature): the logits are divided by the sampling temperature, for policy and reference, in rollout
-    # and training. Otherwise the ratios would be those of a distribution that nothing was sampled from.
+    # and training. Otherwise the ratios would not be those of the distribution that was sampled from.
     # The mass of ids that sampling suppresses is not taken out here; it is negligible.
     logits = logits.float() / (temperature + 1e-7)
     all_logprobs = torch.log_softmax(logits, dim=-1)  # (K, V)
@@ -341,7 +341,7 @@ def response_logprobs(policy, token_ids, positions, responses, pad_token_id: int
 def penalize_missing_eos(rm_scores: torch.Tensor, responses: torch.Tensor, eos_token_id: int, penalty: Optional[float]):
     """The reward model's scores (B,), with those of responses (B, R) without EOS replaced by `penalty`."""
     # Detail 23 (EOS trick, 3): a response without EOS gets a fixed bad score INSTEAD of the reward model's. Without it,
-    # little teaches the policy to end its summaries.
+    # the policy has little reason to end its summaries.
     if penalty is None:
         return rm_scores
     return rm_scores.masked_fill(~(responses == eos_token_id).any(1), penalty)
@@ -393,7 +393,7 @@ def whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) ->
 
 def gae(rewards: torch.Tensor, values: torch.Tensor, gamma: float, lam: float):
     """
-    Generalized advantage estimation (arXiv 1506.02438): rewards and values (B, R), 0 from two after the last token on,
+    Generalized advantage estimation (arXiv 1506.02438): rewards and values (B, R), 0 after the position EOS + 1,
     to advantages and returns (B, R). values[:, t] is the value model's output at the token BEFORE response token t.
         delta_t = r_t + gamma V_{t+1} - V_t          advantage_t = delta_t + gamma lambda advantage_{t+1}
     """

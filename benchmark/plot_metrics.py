@@ -2,10 +2,10 @@
 The learning curves of any runs side by side, from their metrics.jsonl alone.
 
     python benchmark/plot_metrics.py runs/a/ppo runs/b/ppo -o curves.png            # one line per run
-    python benchmark/plot_metrics.py runs/*-seed*/ppo --mean_over_seeds -o curves.png
+    python benchmark/plot_metrics.py runs/quickstart/full-seed*/ppo --mean_over_seeds -o curves.png
 
 A run is an output folder of sft.py, reward.py or ppo.py, or of a copy of one; it may still be running. With
---mean_over_seeds, runs whose paths differ in the number after "seed" only become one line, the mean, in a band of one
+--mean_over_seeds, runs whose paths differ only in the number after "seed" are averaged: one line, and a band of one
 standard deviation. Of reward models that were evaluated, the calibration is shown too: how often people agree, by the
 difference of the scores (detail 19).
 """

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole of TL;DR RLHF on the embedded tiny environment: SFT, reward model, PPO, judge.
+# The whole of TL;DR RLHF on the tiny world: SFT, reward model, PPO, judge.
 #
 #   bash benchmark/quickstart.sh                 # under ten minutes on two cores, after the installation
 #   SEED=2 bash benchmark/quickstart.sh          # another seed of the training; OUT=FOLDER names another folder
@@ -46,7 +46,7 @@ stage() {
   echo $((SECONDS - start)) > "$OUT/$name.seconds"
 }
 
-# What the tiny environment needs, and the paper does not: a small model learns in minutes with one learning rate of
+# What the tiny world needs, and the paper does not: a small model learns in minutes with one learning rate of
 # 2e-4 (not 3e-6) after a short warm-up, in small batches.
 tiny=(--resume --seed "$SEED" --query_dataset "$WORLD/posts" --lr 2e-4 --eval_split "$SPLIT" --run_eval)
 tiny+=(--local_eval_batch_size 200)

@@ -21,8 +21,8 @@ OUT=${OUT:-runs/real/$SIZE-$SPLIT-seed$SEED}
 BASE=runs/real/base_model
 case $SIZE in
   # Learning rates are above the paper's 3e-6: there are tens of updates here, not a thousand, in batches of 16 or 32.
-  # Cut queries leave time for more episodes, and cost something: of 224 tokens, half of the posts' text is left on
-  # average, while references and preferences are about all of it.
+  # Cut queries leave time for more episodes, but with 224 tokens half of a post is lost on average, and references
+  # and preferences are about all of it.
   short) sft="--total_episodes 32 --lr 1e-4"; rm="--total_episodes 32 --lr 5e-5 --normalization_rows 8"
          ppo="--total_episodes 16 --lr 1e-5"; rows=8; pairs=16; batch=8; micro=4; query=128; half=500 ;;
   day)   sft="--total_episodes 1200 --lr 1e-4"

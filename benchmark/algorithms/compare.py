@@ -1,7 +1,7 @@
 """
 SFT, best-of-n, DPO, RLOO, GRPO and PPO from the same SFT and reward models, on the tiny world.
 
-    python benchmark/algorithms/compare.py                     # choose on validation, then test: a night on two cores
+    python benchmark/algorithms/compare.py                     # choose on validation, then test
     python benchmark/algorithms/compare.py --trl               # the same, with TRL's trainers beside
     python benchmark/algorithms/compare.py --smoke --seeds 1   # a small world: for trying out, the figures mean nothing
 
@@ -11,7 +11,7 @@ are those of the ablations, and the models of the baseline are shared with them 
        --choose_seeds. The pair with the highest mean gold score is chosen, for each algorithm by itself.
     2. The chosen ones, best-of-n and SFT on the test posts, with --seeds.
 PPO, RLOO and GRPO sample the same number of responses; GRPO and RLOO take one step on each batch, PPO four. `rloo_long`
-and `grpo_long` sample three times as many, so that they take three steps where PPO takes four. DPO sees the reward
+and `grpo_long` sample three times as many, and take three quarters of PPO's steps. DPO sees the reward
 model's pairs. With --trl, the RLOO, GRPO and DPO of TRL 1.16 are trained with the settings that were chosen for the diffs,
 on the same models and data; systems/peers/run_trl.py says what they do otherwise. Their costs are without the
 evaluation, and their KL, score and length are those of the responses' texts, as DPO's.
