@@ -5,7 +5,9 @@
 #   TLDR_DIR=FOLDER bash benchmark/real_data.sh              # day: six hours on two cores (an estimate)
 #   TLDR_DIR=FOLDER SIZE=full bash benchmark/real_data.sh    # all posts, all pairs, 20,480 episodes: for a GPU
 #
-# TLDR_DIR holds posts/{train,validation,test}.parquet and comparisons/{train,validation,test}.parquet. The pairs are
+# TLDR_DIR holds posts/{train,validation,test}.parquet and comparisons/{train,validation,test}.parquet: the columns of
+# the hub data sets that --query_dataset and --label_dataset name by default (`load_dataset(ID)[SPLIT].to_parquet(FILE)`;
+# that of the comparisons has no test split, so move some of its validation posts into one). The train pairs are
 # split in two by post: PPO's reward model learns from one half, the one that judges the result from the other, with
 # another seed for its head. A stage that is complete is not repeated, an interrupted one continues from its newest
 # checkpoint, or the judge from its last verdict. Everything is written to OUT (default

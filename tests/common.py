@@ -51,6 +51,10 @@ def load_script(name):
         header = Path(copy).read_text(encoding="utf-8").lstrip('"\n')
         original = next((other for other in ("sft", "reward") if header.startswith(f"{other}.py")), "ppo")
         path = Path(copy).resolve() if original == name else path
+    return load_module(name, path)
+
+
+def load_module(name, path):
     spec = importlib.util.spec_from_file_location(name, path)
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -164,13 +168,13 @@ def accelerator():
     return Accelerator()
 
 
-def run_inside(module, *flags):
-    """Run a script's main() here: its exit code (0, or that of SystemExit), stdout and stderr."""
+def run_inside(module, *flags, stdout=None):
+    """Run a script's main() here: its exit code (0, or that of SystemExit), stdout (or into another one) and stderr."""
     reset_accelerate()
     out, err = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2)]
     argv = mock.patch.object(sys, "argv", [module.__file__, *map(str, flags)])
     code = 0
-    with argv, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with argv, contextlib.redirect_stdout(stdout or out), contextlib.redirect_stderr(err):
         try:
             module.main()
         except SystemExit as stopped:
@@ -189,5 +193,21 @@ def assert_close(found, expected, ulps=1000):
     assert worst <= ulps * torch.finfo(found.dtype).eps * largest, f"{worst} off, where the largest is {largest}"
 
 
-def read_metrics(output_dir):
-    return [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
+def read_json(path):
+    return json.loads(Path(path).read_text())
+
+
+def read_metrics(out):
+    """metrics.jsonl of a run, without the fields that depend on the clock."""
+    rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "eps" and not k.startswith("time/")} for row in rows]
+
+
+def error_line(done):
+    """The one line by which a run with exit code 2 says what is wrong."""
+    assert done.code == 2, (done.code, done.out[-1000:], done.err[-3000:])
+    assert "Traceback" not in done.out + done.err, done.err
+    # A progress bar may stand before it.
+    lines = [line for line in done.err.replace("\r", "\n").splitlines() if "error:" in line]
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.err
+    return lines[0]

@@ -45,18 +45,9 @@ class Args:
     updates: int = 1  # updates that are timed in a run, after one that is not
     batch: int = 16  # rows per update; of DPO, pairs
     micro_batch: int = 4  # rows per training pass
-    precision: Literal["auto", "fp32", "bf16"] = "fp32"
-    """auto: what the machine computes faster in, by a small probe; TRL runs in fp32"""
+    precision: Literal["fp32", "bf16"] = "fp32"  # of our scripts; TRL runs in fp32
     work_dir: Path = Path("runs/throughput")  # where models, posts and output go
     out: Optional[Path] = None  # JSON file to add the result to, as one entry of a list
-
-
-def run_python(*command):
-    """The last word that another program of this folder prints; its libraries take no memory of this process."""
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
-    if done.returncode != 0:
-        raise SystemExit(f"error: {command[0]} failed:\n{done.stderr[-2000:]}")
-    return "".join(done.stdout.split()[-1:])
 
 
 def old_script(commit, folder):
@@ -135,13 +126,12 @@ def main():
     if other == "old" and args.algorithm != "ppo":
         print(f"error: --beside {args.beside}: an earlier commit is for --algorithm ppo", file=sys.stderr)
         raise SystemExit(2)
-    if args.precision == "auto":
-        args.precision = run_python(HERE / "faster_dtype.py")
     if other == "trl":
         subprocess.run(["bash", HERE / "peers/setup.sh", TRL[args.algorithm]], check=True)
     folder = args.work_dir.resolve() / f"inputs-{Path(args.shape).name}"  # removed, if it is there, and made anew
     queries = args.batch // 4 if args.algorithm in ("rloo", "grpo") else args.batch  # they sample four to each
-    run_python(HERE / "inputs.py", folder, args.shape, queries)
+    # In another process, so that its libraries take no memory of this one.
+    subprocess.run([sys.executable, HERE / "inputs.py", folder, args.shape, str(queries)], check=True)
     result = json.loads((folder / "inputs.json").read_text()) | {"machine": describe_machine(), "beside": args.beside}
     result |= {name: getattr(args, name) for name in ("algorithm", "shape", "batch", "micro_batch", "precision")}
     result |= {"command": " ".join(["python benchmark/systems/throughput.py", *sys.argv[1:]])}

@@ -242,25 +242,6 @@ def test_a_file_that_changes_is_read_again(tmp_path):
         assert load(tmp_path, make_tokenizer())[0]["reference"] == " " + summary
 
 
-def test_unreadable_files_are_named(tmp_path, capsys):
-    good = json.dumps(POST | {"summary": "kürz"}, ensure_ascii=False) + "\n"
-    cases = {"line 3": (good * 2 + "{oops\n" + good).encode(), "line 2": (good + "7\n").encode(), "usable": b""}
-    for mentioned, content in (cases | {"UnicodeDecodeError": good.encode("latin-1")}).items():
-        (tmp_path / "train.jsonl").write_bytes(content)
-        line = refused(capsys, load, tmp_path, make_tokenizer())
-        assert mentioned in line and str(tmp_path) in line, line
-    (tmp_path / "test.parquet").write_bytes(b"PAR1 cut off")
-    assert "test.parquet" in refused(capsys, load, tmp_path, make_tokenizer(), "test")
-    write_rows(tmp_path / "train.parquet", [POST])  # two kinds for one split: which one is meant?
-    assert "train.jsonl" in refused(capsys, load, tmp_path, make_tokenizer())
-    write_rows(tmp_path / "two" / "train.jsonl", [POST])
-    write_rows(tmp_path / "two" / "data" / "train.jsonl", [POST])
-    assert "data/train.jsonl" in refused(capsys, load, tmp_path / "two", make_tokenizer())
-    write_rows(tmp_path / "less" / "train-00001-of-00003.parquet", [POST])
-    assert "all of its shards" in refused(capsys, load, tmp_path / "less", make_tokenizer())
-    assert "validation" in refused(capsys, load, tmp_path, make_tokenizer(), "validation")
-
-
 def test_a_column_that_is_null_for_12_megabytes(tmp_path):
     """Readers that infer a type from the first blocks refuse it; so it is with the real comparisons."""
     rows = [POST | {"id": f"{i}", "note": "x" * 20000, "title": None if i < 600 else "late"} for i in range(610)]
@@ -326,6 +307,7 @@ def test_unusable_comparisons_are_named_and_counted(tmp_path, capsys):
     good.append({"info": dict(good[0]["info"], id="x"), "choice": 1, "summaries": [{"text": "a"}, {"text": "b"}]})
     bad = [{"info": None}, {"info": {"id": "a", "post": None}}, {"summaries": [other]}, {"summaries": [other] * 3}]
     bad += [{"summaries": None}, {"summaries": [{"text": " "}, other]}, {"summaries": [{"text": None}, other]}]
+    bad += [{"info": "text"}, {"summaries": ["a", "b"]}]
     bad += [{"summaries": 5}, {"info": PAIR["info"] | {"title": ["a", "list"]}}, {"info": PAIR["info"] | {"post": 5}}]
     same = {"summaries": [{"text": " same text", "policy": "a"}, {"text": "same text ", "policy": "b"}]}
     write_rows(tmp_path / "train.jsonl", good + [PAIR | change for change in [*bad, same]])
@@ -333,7 +315,7 @@ def test_unusable_comparisons_are_named_and_counted(tmp_path, capsys):
     assert [pair["id"] for pair in pairs] == [row["info"]["id"] for row in good]
     assert [pairs[2][name] for name in ("batch", "confidence", "policies")] == ["", "", "unknown | unknown"]
     out = capsys.readouterr().out
-    reasons = ("3 of 14 rows can be used", "10 x post, article", "1 x the summaries are the same (first id: t3_24_0)")
+    reasons = ("3 of 16 rows can be used", "12 x post, article", "1 x the summaries are the same (first id: t3_24_0)")
     assert all(reason in out for reason in reasons)
 
 

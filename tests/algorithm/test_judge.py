@@ -1,7 +1,6 @@
 """Tests of eval_judge.py: its mathematics against independent computations, and the script as a user runs it, against a
 real local HTTP server (fake_judge.py) with and without faults."""
 
-import contextlib
 import html
 import io
 import json
@@ -20,8 +19,8 @@ from unittest import mock
 import numpy as np
 import pandas as pd
 import pytest
+from common import ROOT, run_inside
 
-ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import eval_judge as ej  # noqa: E402
 from fake_judge import FakeJudge, Fault, better, error_body, expected_scores, make_rows, parts_of, reply  # noqa: E402
@@ -46,18 +45,10 @@ def start(*flags, **env):
 
 def run(*flags, code=0, stdout=None, **env):
     """Run the script's main() in this process, which saves the seconds of a new one; returns (stdout, stderr)."""
-    out, err = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2)]
-    argv = mock.patch.object(sys, "argv", ["eval_judge.py", *map(str, flags)])
-    returned = 0
-    with argv, mock.patch.dict(os.environ, environment(env), clear=True):
-        with contextlib.redirect_stdout(stdout or out), contextlib.redirect_stderr(err):
-            try:
-                ej.main()
-            except SystemExit as stopped:
-                returned = stopped.code
-    out, err = [stream.buffer.getvalue().decode() for stream in (out, err)]
-    assert returned == code and "never retrieved" not in err, (returned, out, err)
-    return out, err
+    with mock.patch.dict(os.environ, environment(env), clear=True):
+        done = run_inside(ej, *flags, stdout=stdout)
+    assert done.code == code and "never retrieved" not in done.err, (done.code, done.out, done.err)
+    return done.out, done.err
 
 
 def refused(*flags, **env):

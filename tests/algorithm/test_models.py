@@ -1,6 +1,6 @@
 """
 What the scripts do with models: 26 families through all three stages, and what they compute against plain use of the
-same models: one row at a time, no padding, no cache, all logits. And which model folders are refused.
+same models: one row at a time, no padding, no cache, all logits.
 """
 
 import json
@@ -15,7 +15,7 @@ from common import read_metrics, reward, run_inside, sft, write_rows
 from safetensors.torch import load_file, save_file
 from test_math import slow_advantages
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
-from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+from transformers import AutoTokenizer
 
 R = 6  # tokens sampled per response
 H = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
@@ -121,20 +121,11 @@ def family(request, small, tmp_path_factory):
 def test_all_stages_run_and_ppo_begins_at_ratio_1_and_kl_0(family):
     for stage, updates in (("sft", 2), ("reward", 2), ("ppo", 1)):
         assert len(read_metrics(family.out / stage)) == updates
-        for path in (family.out / stage / "model").glob("*.[js]*"):  # .json and .safetensors are for colleagues too
-            assert path.stat().st_mode & 0o777 == 0o644, path
     first = read_metrics(family.out / "ppo")[0]
     assert first["val/ratio_first_dev"] == 0 and first["objective/kl"] == 0
     assert first["policy/approxkl_avg"] > 0  # the second epoch has moved
     trained, start = [load_file(f"{family.out}/{stage}/model/model.safetensors") for stage in ("ppo", "sft")]
     assert trained.keys() == start.keys() and any(not torch.equal(trained[name], start[name]) for name in start)
-
-
-def test_no_value_is_left_after_eos_plus_1(family, accelerator):
-    args = ppo.Args(response_length=6, local_micro_batch_size=2, temperature=2.0)
-    batch = ppo.rollout(args, accelerator, family.nets, family.queries, update=0)
-    for values, length in zip(batch["values"], batch["valid"].sum(1).tolist()):
-        assert values[: length + 1].all() and not values[length + 1 :].any()
 
 
 def test_padded_rows_score_as_plain_transformers_does_alone(family, accelerator):
@@ -353,49 +344,7 @@ def test_ppo_updates(small):
     assert_same_weights(saved, policy.state_dict(), start)
 
 
-# ---- Model folders that cannot work, and what is kept of others ------------------------------------------------------
-def edit_config(folder, **changes):
-    path = Path(folder) / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def tokenizer_with_late_eos():
-    tokenizer = make_tokenizer()
-    tokenizer.add_tokens([f"<{i}>" for i in range(29)])  # the embedding has 427 rows
-    tokenizer.add_special_tokens({"eos_token": "<end>"})
-    return tokenizer
-
-
-BERT = AutoConfig.for_model("bert", vocab_size=400, **H)
-COHERE = AutoConfig.for_model("cohere", vocab_size=400, **G)
-T5 = T5Config(vocab_size=400, d_model=32, d_ff=64, num_layers=1, num_heads=4)
-FP8 = {"quant_method": "fp8", "weight_block_size": [16, 16]}
-# How such a folder is made of a good one, and what the line says that refuses it.
-REFUSED = {
-    "fewer layers in the config": (lambda base: edit_config(base, num_hidden_layers=1), "layers.1"),
-    "more layers in the config": (lambda base: edit_config(base, num_hidden_layers=3), "layers.2"),
-    "quantized": (lambda base: edit_config(base, quantization_config=FP8), "dequantize"),
-    "adapter": (lambda base: (base / "adapter_config.json").write_text("{}"), "merge"),
-    "encoder-decoder": (lambda base: T5ForConditionalGeneration(T5).save_pretrained(base), "T5Config"),
-    "looks to the right": (lambda base: make_model_folder(base, BERT), "not causal"),
-    "no sequence classifier": (lambda base: make_model_folder(base, COHERE), "AutoModelForSequenceClassification"),
-    "300 rows under 400 ids": (lambda base: make_model_folder(base, vocab_size=300), "300"),
-    "eos outside the embedding": (lambda base: tokenizer_with_late_eos().save_pretrained(base), "embedding"),
-}
-
-
-@pytest.mark.parametrize("kind", REFUSED)
-def test_refused_model_folders(kind, small, tmp_path):
-    base = tmp_path / "base"
-    make_model_folder(base)
-    spoil, mentioned = REFUSED[kind]
-    spoil(base)
-    script, flag = (reward, "--sft_model_path") if kind == "no sequence classifier" else (sft, "--base_model")
-    done = run(script, small, tmp_path / "out", flag, base, code=2)
-    (line,) = [line for line in done.err.splitlines() if line.startswith("error: ")]
-    assert mentioned in line and str(base) in line and not (tmp_path / "out" / "model").exists(), line
-
-
+# ---- What is kept of model folders -----------------------------------------------------------------------------------
 def test_bias_and_offset_of_a_reward_model_are_kept(small, tmp_path):
     """Other trainers save score.bias, which transformers drops. The score is raw output + bias - offset."""
     model = AutoModelForSequenceClassification.from_pretrained(small.rm)
@@ -462,7 +411,9 @@ def test_a_config_cannot_choose_its_attention(tmp_path):
     base = make_model_folder(tmp_path / "base")
     expected = alone(AutoModelForCausalLM.from_pretrained(base).eval(), list(range(20)))
     AttentionInterface.register("of_somebody", lambda *inputs, **options: pytest.fail("was called"))
-    edit_config(base, _attn_implementation="of_somebody", attn_implementation="of_somebody")
+    config = Path(base, "config.json")
+    own = {"_attn_implementation": "of_somebody", "attn_implementation": "of_somebody"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | own))
     for script in (sft, ppo):
         assert_close(alone(load_lm(base, script).eval(), list(range(20))).float(), expected)
 

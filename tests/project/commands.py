@@ -1,6 +1,5 @@
 """Commands as a user gives them, for the tests of this folder. Whatever they start ends with them."""
 
-import json
 import os
 import subprocess
 import sys
@@ -24,15 +23,3 @@ def run(*words, env=()):
     with start(*words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         out, err = process.communicate(timeout=600)
     return SimpleNamespace(code=process.returncode, out=out, err=err)
-
-
-def read_json(path):
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def error_line(done):
-    """The one line by which a command says what is wrong."""
-    assert done.code == 2, (done.code, done.out[-1000:], done.err[-2000:])
-    lines = [line for line in done.err.splitlines() if "error" in line]
-    assert len(lines) == 1 and "Traceback" not in done.err, done.err
-    return lines[0]

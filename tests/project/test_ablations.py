@@ -1,7 +1,6 @@
 """The ablations: every diff in benchmark/ablations applies to the scripts, and does what its header says, no more."""
 
 import functools
-import importlib.util
 import re
 import shutil
 import subprocess
@@ -16,7 +15,7 @@ import pytest
 import torch
 import tyro
 from common import CACHE, LENGTHS, ROOT, make_model_folder, make_posts, read_metrics, run_inside, write_rows
-from common import ppo, reward, sft
+from common import load_module, ppo, reward, sft
 from torch.optim import AdamW
 from transformers import AutoModel, AutoModelForSequenceClassification
 
@@ -43,10 +42,7 @@ def patched(name, script="ppo"):
     path = Path(CACHE, name, f"{script}.py")
     path.parent.mkdir(exist_ok=True)
     path.write_text(ablate.patched_scripts(VARIANTS[name])[path.name], encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(f"{script}_{name}", path)
-    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(f"{script}_{name}", path)
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,9 @@ and a run begins where it should and resumes exactly.
 """
 
 import functools
-import importlib.util
 import json
 import math
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,31 +16,21 @@ import pandas as pd
 import pytest
 import torch
 from common import CACHE, LENGTHS, ROOT, make_model_folder, make_pairs, make_posts, read_metrics, run_inside, write_rows
-from common import assert_close, ppo, reset_accelerate
+from common import assert_close, load_module, ppo, reset_accelerate
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 sys.path.insert(0, str(ROOT))
 from benchmark.algorithms import compare  # noqa: E402
+from benchmark.systems import throughput  # noqa: E402
 
 DIFFS = {path.stem: path for path in sorted((ROOT / "benchmark/algorithms").glob("*.diff"))}
 PAD, R = 9, 6
-WALL_CLOCK = ("eps", "time/rollout", "time/train")
 
 
 @functools.cache
 def patched(name):
     """The script with a diff, by git apply, as a module."""
-    folder = Path(CACHE, "algorithms", name)
-    folder.mkdir(parents=True)
-    text = DIFFS[name].read_text(encoding="utf-8")
-    script = text.split("\n+++ b/")[1].split("\n")[0]
-    shutil.copy(ROOT / script, folder)
-    env = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
-    subprocess.run(["git", "apply", DIFFS[name]], cwd=folder, env=env, check=True)
-    spec = importlib.util.spec_from_file_location(name, folder / script)
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(name, throughput.patched_script(name, Path(CACHE)))
 
 
 @pytest.mark.parametrize("name", DIFFS)
@@ -174,7 +161,7 @@ def inputs(tmp_path_factory):
 def run(inputs, name, out, *more):
     done = run_inside(patched(name), *inputs.flags[name], "--output_dir", out, *more)
     assert done.code == 0 and "Traceback" not in done.err, done.err
-    return [{key: value for key, value in row.items() if key not in WALL_CLOCK} for row in read_metrics(out)]
+    return read_metrics(out)
 
 
 @pytest.mark.parametrize("name", ["rloo", "grpo", "dpo"])

@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 import pandas as pd
 import pytest
 import torch
-from commands import error_line, start
-from common import ROOT, run_inside
+from commands import start
+from common import ROOT, error_line, run_inside
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from benchmark.judges import judge_agreement, reward_judge

@@ -1,11 +1,10 @@
 """benchmark/plot_metrics.py: what it draws of the metrics of runs, and what it refuses."""
 
 import json
-import subprocess
 import sys
 
 import pytest
-from common import ROOT
+from common import ROOT, error_line, run_inside
 
 sys.path.insert(0, str(ROOT))
 from benchmark import plot_metrics  # noqa: E402
@@ -19,18 +18,13 @@ def write_run(folder, kls, last="\n"):
     return folder
 
 
-def command(*words):
-    call = [sys.executable, ROOT / "benchmark/plot_metrics.py", *words]
-    return subprocess.run(list(map(str, call)), capture_output=True, text=True, timeout=300)
-
-
 def test_lines_means_and_bands(tmp_path):
     runs = [write_run(tmp_path / f"a-seed{seed}", kls) for seed, kls in ((1, [0, 1, 2]), (2, [0, 3, 6, 7]))]
     other = write_run(tmp_path / "other", [5, 5])
-    done = command(*runs, other, "--mean_over_seeds", "-o", tmp_path / "x.png")
-    assert done.returncode == 0 and (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG"), done.stderr
+    done = run_inside(plot_metrics, *runs, other, "--mean_over_seeds", "-o", tmp_path / "x.png")
+    assert done.code == 0 and (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG"), done.err
     for line in ("a-seed*, last update: objective/kl 4.5", "other, last update: objective/kl 5"):
-        assert line in done.stdout
+        assert line in done.out
     assert not list(tmp_path.glob("*.tmp"))
     tables = {"a": [plot_metrics.load(run, 1) for run in runs], "b": [plot_metrics.load(other, 1)]}
     kl, eos, *rest = plot_metrics.draw(tables, {}).axes
@@ -48,8 +42,8 @@ def test_calibration_of_an_evaluated_reward_model(tmp_path):
         for a, m in ((0.6, 0.2), (0.8, 1.5))
     ]
     (run / "eval_test.json").write_text(json.dumps({"calibration": rows}))
-    done = command(run, "-o", tmp_path / "x.png")
-    assert done.returncode == 0 and (tmp_path / "x.png").exists(), done.stderr
+    done = run_inside(plot_metrics, run, "-o", tmp_path / "x.png")
+    assert done.code == 0 and (tmp_path / "x.png").exists(), done.err
     reports = {"run": plot_metrics.calibration(run)}
     *_, axis = [axis for axis in plot_metrics.draw({"run": [plot_metrics.load(run, 1)]}, reports).axes if axis.axison]
     points, line = axis.lines[0].get_xydata().tolist(), axis.lines[-1].get_xydata()
@@ -62,8 +56,8 @@ def test_what_is_no_run_is_named(tmp_path):
     (tmp_path / "none").mkdir()
     (tmp_path / "none/metrics.jsonl").write_text('{"episode": 8, "other": 1}\n')
     for name in ("half", "none", "absent"):
-        done = command(tmp_path / name, "-o", tmp_path / "x.png")
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and f"{name}/metrics.jsonl" in done.stderr
+        done = run_inside(plot_metrics, tmp_path / name, "-o", tmp_path / "x.png")
+        assert f"{name}/metrics.jsonl" in error_line(done)
     run = write_run(tmp_path / "good", [1])
-    done = command(run, "--output", tmp_path / "no/x.png")
-    assert done.returncode == 2 and "no/x.png" in done.stderr and not (tmp_path / "x.png").exists()
+    done = run_inside(plot_metrics, run, "--output", tmp_path / "no/x.png")
+    assert "no/x.png" in error_line(done) and not (tmp_path / "x.png").exists()

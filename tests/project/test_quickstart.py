@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pandas as pd
 import psutil
 import pytest
-from commands import read_json, run, start
-from common import ROOT, read_metrics
+from commands import run, start
+from common import ROOT, read_json, read_metrics
 
 from benchmark.tiny_world import tiny_env
 

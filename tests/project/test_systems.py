@@ -10,16 +10,14 @@ from itertools import product
 
 import psutil
 import pytest
-import torch
-from commands import read_json, run, start
-from common import ROOT
-from transformers import GenerationConfig, GPTNeoXConfig
+from commands import run, start
+from common import ROOT, read_json
+from transformers import GPTNeoXConfig
 
 from benchmark.scaling import scaling
-from benchmark.systems import engines, speed, throughput
+from benchmark.systems import throughput
 
 SYSTEMS = ROOT / "benchmark/systems"
-RESULTS = ROOT / "benchmark/results"
 
 
 # ---- Commands --------------------------------------------------------------------------------------------------------
@@ -77,17 +75,6 @@ def test_an_earlier_commit_is_timed_by_its_own_script(tmp_path):
         compile(path.read_text(encoding="utf-8"), path, "exec")
     with pytest.raises(SystemExit):
         throughput.old_script("no-commit", tmp_path)
-
-
-def test_engines_are_compared_on_responses_that_depend_on_the_query_alone():
-    config = GenerationConfig(pad_token_id=9, eos_token_id=0, max_new_tokens=6)
-    queries = torch.tensor([[9, 9, 5], [6, 7, 8], [1, 2, 3], [9, 4, 4]])
-    rows = engines.fixed_responses(None, queries, config)
-    assert torch.equal(rows[:, :3], queries)
-    for query, row in zip(queries, rows):
-        assert torch.equal(engines.fixed_responses(None, query[query != 9][None], config)[0, -6:], row[3:])
-        length = int((row[3:] != 9).sum())
-        assert 2 <= length <= 6 and (row[3:] == 0).nonzero().flatten().tolist() == ([length - 1] if length < 6 else [])
 
 
 # ---- Processes -------------------------------------------------------------------------------------------------------
@@ -148,12 +135,3 @@ def test_over_optimisation_by_hand(tmp_path):
     assert line.endswith("| 3 | 3.00, 3.67, 3.00 | 1.00, 2.00, 3.00 | 2.00, 3.00 | 0.80 | 9.00, 9.00, 9.00 |")
     scaling.draw_overoptimisation(runs, tmp_path / "over.png")
     assert (tmp_path / "over.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_speed_table_and_chart(tmp_path):
-    peers = read_json(RESULTS / "peers.json")
-    speed.draw(peers, tmp_path / "speed.png")
-    for entry, line in zip(peers, speed.table(peers).splitlines()[2:], strict=True):
-        ratios = [pair["ours"] / pair["trl"] for pair in entry["pairs"]]
-        figures = f"| {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}, n = {len(ratios)}) |"
-        assert line.startswith(f"| {entry['shape']} |") and figures in line

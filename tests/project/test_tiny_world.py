@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
-from commands import error_line
-from common import ppo, run_inside
+from common import error_line, ppo, run_inside
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmark.tiny_world import gold, ppo_gold, tiny_env

@@ -6,17 +6,14 @@ which spares each run ten seconds. A fork is a process like any other: it can be
 import ctypes
 import faulthandler
 import importlib
-import json
 import multiprocessing
 import os
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from contextlib import contextmanager
 from multiprocessing import forkserver
 from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
@@ -158,16 +155,6 @@ def run(*arguments, code=0, **options):
     return done
 
 
-@contextmanager
-def read_only(disk):
-    """The mounted folder `disk`, read-only for a block."""
-    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
-
-
 def command(*flags, env=(), **options):
     """A command of Python, for a `with` block, at whose end it ends with all that it has started."""
     options = dict(env=ENV | dict(env), text=True, errors="replace", cwd=FOLDER) | options
@@ -186,23 +173,3 @@ def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
-
-
-def read_json(path):
-    return json.loads(Path(path).read_text())
-
-
-def read_metrics(out):
-    """metrics.jsonl of a run, without the fields that depend on the clock."""
-    rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "eps" and not k.startswith("time/")} for row in rows]
-
-
-def error_line(done):
-    """The one line by which a run with exit code 2 says what is wrong."""
-    assert done.code == 2, (done.codes, done.out[-1000:], done.err[-3000:])
-    assert "Traceback" not in done.out + done.err, done.err
-    # A progress bar may stand before it.
-    lines = [line for line in done.err.replace("\r", "\n").splitlines() if "error:" in line]
-    assert len(lines) == 1 and lines[0].startswith("error: "), done.err
-    return lines[0]

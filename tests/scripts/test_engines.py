@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import runner
+from common import error_line, read_json, read_metrics
 from moments import at, change_flag, fixed_responses, kill, on_rank
-from runner import Run, error_line, read_json, read_metrics
+from runner import Run
 from safetensors.numpy import load_file
 
 HALF = {"--local_micro_batch_size": 2}  # with two processes, the same batch

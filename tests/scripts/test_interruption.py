@@ -10,9 +10,9 @@ import shutil
 
 import pytest
 import runner
-from common import make_model_folder, make_posts, write_rows
+from common import error_line, make_model_folder, make_posts, read_json, read_metrics, write_rows
 from moments import at, fill, kill, kill_half_written, kill_soon, on_rank
-from runner import Run, error_line, read_json, read_metrics
+from runner import Run
 
 FOLDER = runner.FOLDER / "interrupted"
 HALF = {"--local_micro_batch_size": 2}  # with two processes, the same batch

@@ -17,8 +17,8 @@ from types import SimpleNamespace
 import pytest
 import runner
 import tyro
-from common import ppo, reward, sft
-from runner import read_json, read_metrics, started
+from common import ppo, read_json, read_metrics, reward, sft
+from runner import started
 
 ROOT = runner.ROOT
 MODULES = {"sft.py": sft, "reward.py": reward, "ppo.py": ppo}
