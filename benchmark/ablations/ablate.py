@@ -22,8 +22,9 @@ The baseline is the quickstart. What is measured of a run, on the 600 test posts
     score, length, eos_share           score of the reward model, tokens, share that end by EOS
     accuracy, rm_loss, sft_loss, rougeL, sft_win_rate, sft_gold        of the stages before PPO
 
-The verdict, fixed before any run in this world. Differences are ablation minus baseline in the gold score, paired by seed. A run that
-diverges (a loss that is not finite) counts with the gold score of the baseline's SFT model: PPO has given nothing.
+The verdict, fixed before any run in this world. Differences are ablation minus baseline in the gold score, paired by
+seed. A run that diverges (a loss that is not finite) counts with the gold score of the baseline's SFT model: PPO has
+given nothing.
     matters                  the p-value of the paired t-test, corrected by Holm for all ablations, is below 0.05
     worth less than a tenth  else, if the 95% t-interval, uncorrected, lies within a tenth of what PPO gains over SFT
     undecided                else

@@ -11,10 +11,10 @@ are those of the ablations, and the models of the baseline are shared with them 
        --choose_seeds. The pair with the highest mean gold score is chosen, for each algorithm by itself.
     2. The chosen ones, best-of-n and SFT on the test posts, with --seeds.
 PPO, RLOO and GRPO sample the same number of responses; GRPO and RLOO take one step on each batch, PPO four. `rloo_long`
-and `grpo_long` sample three times as many, and take three quarters of PPO's steps. DPO sees the reward
-model's pairs. With --trl, the RLOO, GRPO and DPO of TRL 1.16 are trained with the settings that were chosen for the diffs,
-on the same models and data; systems/peers/run_trl.py says what they do otherwise. Their costs are without the
-evaluation, and their KL, score and length are those of the responses' texts, as DPO's.
+and `grpo_long` sample three times as many, and take three quarters of PPO's steps. DPO sees the reward model's pairs.
+With --trl, the RLOO, GRPO and DPO of TRL 1.16 are trained with the settings that were chosen for the diffs, on the same
+models and data; systems/peers/run_trl.py says what they do otherwise. Their costs are without the evaluation, and their
+KL, score and length are those of the responses' texts, as DPO's.
 
 Everything is sampled and measured at the training temperature of 0.7: only so is the KL that of the samples, and
 best-of-n comparable. Of a run:

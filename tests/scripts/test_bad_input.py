@@ -184,7 +184,7 @@ BAD = {
     "looks to the right": ("sft", {"--base_model": lambda folder: make_model_folder(folder, BERT)}, "not causal"),
     "no sequence classifier": ("reward", {"--sft_model_path": lambda folder: make_model_folder(folder, COHERE)},
         "AutoModelForSequenceClassification"),
-    "300 rows under 400 ids": ("sft", {"--base_model": lambda folder: make_model_folder(folder, vocab_size=300)}, "300"),
+    "300 rows for 400 ids": ("sft", {"--base_model": lambda folder: make_model_folder(folder, vocab_size=300)}, "300"),
     "EOS beyond the embedding": ("sft", {"--base_model": both(model(), late_eos)}, "embedding"),
     "a reward model as base": ("sft", {"--base_model": reward_model()}, "--base_model"),
     "a base as reward model": ("ppo", {"--reward_model_path": model()}, "--reward_model_path"),
