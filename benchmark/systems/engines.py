@@ -2,7 +2,7 @@
 Does the result depend on the engine? The three training scripts on one CPU process, two processes of DDP, and two of
 DeepSpeed ZeRO-2, once with the frozen models offloaded: the same data, the same batches, a few updates.
 
-    python benchmark/systems/engines.py --output benchmark/results/engines.json      # about three minutes on two cores
+    python benchmark/systems/engines.py --output benchmark/results/engines.json      # about six minutes on two cores
 
 For every script and engine it writes the final loss or score, the largest difference of a parameter from the run of
 one process (over the largest parameter of its tensor), and seconds per update. In PPO, what a process samples
