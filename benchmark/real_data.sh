@@ -4,6 +4,7 @@
 #   TLDR_DIR=FOLDER SIZE=short bash benchmark/real_data.sh   # for trying out: 10 to 20 minutes on two cores
 #   TLDR_DIR=FOLDER bash benchmark/real_data.sh              # day: six hours on two cores (an estimate)
 #   TLDR_DIR=FOLDER SIZE=full bash benchmark/real_data.sh    # all posts, all pairs, 20,480 episodes: for a GPU
+#   TLDR_DIR=FOLDER SIZE=full EPISODES=4608 bash benchmark/real_data.sh   # a quarter of an hour on an H200
 #
 # TLDR_DIR holds posts/{train,validation,test}.parquet and comparisons/{train,validation,test}.parquet: the columns of
 # the hub data sets that --query_dataset and --label_dataset name by default (`load_dataset(ID)[SPLIT].to_parquet(FILE)`;
@@ -23,15 +24,16 @@ OUT=${OUT:-runs/real/$SIZE-$SPLIT-seed$SEED}
 BASE=runs/real/base_model
 case $SIZE in
   # Learning rates are above the paper's 3e-6: there are tens of updates here, not a thousand, in batches of 16 or 32.
-  # Cut queries leave time for more episodes, but with 224 tokens half of a post is lost on average, and references
-  # and preferences are about all of it.
+  # Those of full were the best of two for SFT (1e-4, 3e-5) and for the reward model (5e-5, 2e-5), by the loss on
+  # validation. Cut queries leave time for more episodes, but with 224 tokens half of a post is lost on average, and
+  # references and preferences are about all of it.
   short) sft="--total_episodes 32 --lr 1e-4"; rm="--total_episodes 32 --lr 5e-5 --normalization_rows 8"
-         ppo="--total_episodes 16 --lr 1e-5"; rows=8; pairs=16; batch=8; micro=4; query=128; half=500 ;;
+         episodes=16; lr=1e-5; rows=8; pairs=16; batch=8; micro=4; ppo_micro=4; query=128; half=500; every=1 ;;
   day)   sft="--total_episodes 1200 --lr 1e-4"
          rm="--total_episodes 960 --lr 5e-5 --warm_up_steps 5 --normalization_rows 200"
-         ppo="--total_episodes 384 --lr 1e-5"; rows=171; pairs=531; batch=32; micro=4; query=224; half="" ;;
-  full)  sft="--lr 1e-5"; rm="--lr 1e-5"; ppo="--total_episodes 20480 --lr 1e-5"
-         rows=171; pairs=531; batch=128; micro=32; query=512; half="" ;;
+         episodes=384; lr=1e-5; rows=171; pairs=531; batch=32; micro=4; ppo_micro=4; query=224; half=""; every=1 ;;
+  full)  sft="--lr 1e-4"; rm="--lr 2e-5 --warm_up_steps 5"
+         episodes=20480; lr=2e-5; rows=171; pairs=531; batch=128; micro=32; ppo_micro=64; query=512; half=""; every=20 ;;
   *) echo "error: SIZE is $SIZE; it is short, day or full" >&2; exit 2 ;;
 esac
 mkdir -p "$OUT"
@@ -59,7 +61,7 @@ stage() {
 
 python benchmark/real_data/dequantise.py --output_dir $BASE
 python benchmark/real_data/split_pairs.py "$TLDR_DIR/comparisons" "$OUT/pairs" $half
-evaluate=(--max_eval_rows $rows --local_eval_batch_size 16)
+evaluate=(--max_eval_rows $rows --local_eval_batch_size $((4 * micro)))
 small=(--local_micro_batch_size $micro --gradient_accumulation_steps $((micro < 16 ? 16 / micro : 1)))
 # The base model itself, before any training: what SFT is compared with.
 stage base sft.py "${common[@]}" --base_model $BASE --total_episodes 0 "${evaluate[@]}"
@@ -67,9 +69,10 @@ stage sft sft.py "${common[@]}" --base_model $BASE $sft "${small[@]}" "${evaluat
 rm_flags=(--sft_model_path "$OUT/sft" $rm "${small[@]}" --max_eval_rows $pairs)
 stage reward reward.py "${common[@]}" --label_dataset "$OUT/pairs/reward" "${rm_flags[@]}"
 stage judge_model reward.py "${common[@]}" --label_dataset "$OUT/pairs/judge_model" "${rm_flags[@]}" --seed $((SEED + 1))
-stage ppo ppo.py "${common[@]}" --sft_model_path "$OUT/sft" --reward_model_path "$OUT/reward" $ppo \
-  --local_micro_batch_size $micro --gradient_accumulation_steps $((batch / micro)) \
-  --local_rollout_forward_batch_size $((4 * micro)) --save_every 1 "${evaluate[@]}"
+stage ppo ppo.py "${common[@]}" --sft_model_path "$OUT/sft" --reward_model_path "$OUT/reward" \
+  --total_episodes "${EPISODES:-$episodes}" --lr $lr --local_micro_batch_size $ppo_micro \
+  --gradient_accumulation_steps $((batch / ppo_micro)) --local_rollout_forward_batch_size $((4 * micro)) \
+  --save_every $every "${evaluate[@]}"
 
 # Against the human references, and PPO against SFT. For an LLM judge, the same eval_judge.py with its --judge_model.
 judge=(benchmark/judges/reward_judge.py --reward_model_path "$OUT/judge_model/model" --port 0 --

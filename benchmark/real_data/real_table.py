@@ -89,12 +89,15 @@ def collect(folder: Path, split: str, number: int) -> dict:
     for stage in ("reward", "judge_model"):
         record[stage]["accuracy_by_post"] = pair_accuracy(folder / stage, split)
         record[stage]["report"] = json.loads((folder / stage / f"eval_{split}.json").read_text(encoding="utf-8"))
+    record["versions"] = json.loads((folder / "ppo" / "args.json").read_text(encoding="utf-8"))["versions"]
     lines = (folder / "ppo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     record["ppo_updates"] = [line for line in map(json.loads, lines) if "objective/kl" in line]
     updates = pd.DataFrame(record["ppo_updates"])
     if len(updates) > 3:
         record["trend"] = {name: trend(updates[name]) for name in CURVES}
     tables = {stage: read_samples(folder, stage, split) for stage in ("sft", "ppo")}
+    texts = {"references": tables["sft"].reference} | {stage: tables[stage].response for stage in ("sft", "ppo")}
+    record["questions"] = {name: float(column.str.endswith("?").mean()) for name, column in texts.items()}
     verdicts = pd.read_json(folder / "judge_against_sft/verdicts.jsonl", lines=True, dtype=False)
     won = verdicts.groupby("id").preferred.agg(lambda orders: sorted(orders))
     names = {"reference": "SFT", "response": "PPO"}
@@ -132,12 +135,18 @@ def markdown(record: dict) -> str:
         lines.append(f"| {name} | {found['first']:.3f} | {found['last']:.3f} | {rise} |")
     kl, eos, length = [ppo[f"eval/{name}"] for name in ("kl", "eos_share", "response_length")]
     lines.append(f"\nAfter PPO: KL {kl:.2f}, share with EOS {eos:.3f}, {length:.1f} tokens.")
+    shares = ", ".join(f"{name} {share:.3f}" for name, share in record["questions"].items())
+    lines.append(f"Share of summaries that end with a question: {shares}.")
     lines += ["\n| judged | win rate | 95% interval | at equal length |", "|---|---|---|---|"]
     names = ("SFT, against references", "PPO, against references", "PPO, against SFT")
     for name, figures in zip(names, [*judge["samples"].values(), *against_sft["samples"].values()]):
         bounds = " to ".join(f"{edge:.3f}" for edge in figures["win_rate_ci95"])
         equal = figures["length_controlled_win_rate"]
         lines.append(f"| {name} | {figures['win_rate']:.3f} | {bounds} | {'' if equal is None else f'{equal:.3f}'} |")
+    lines += ["\n| post | SFT | PPO | preferred |", "|---|---|---|---|"]
+    for post, shown in record["responses"].items():
+        cells = [" ".join(shown[name].replace("|", "\\|").split()) for name in ("sft", "ppo")]
+        lines.append(f"| {post} | {' | '.join(cells)} | {shown['preferred']} |")
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 import statistics
 import sys
@@ -46,6 +47,17 @@ def test_throughput_times_updates(tmp_path):
     assert pair["ours"] == 4 / pair["ours_seconds"] == result["median"]["ours"]
     assert 0 < pair["ours_time/rollout"] + pair["ours_time/train"] < 2 * pair["ours_seconds"]
     assert pair["ours_cpu"] > 0 and 0.1 < pair["ours_gib"] < 4
+
+
+def test_training_pass_counts_its_operations():
+    done = run(sys.executable, SYSTEMS / "training_pass.py", "--shape", "14m", "--rows", 1, 2, "--matrix", 256)
+    assert done.code == 0, done.err
+    found = {int(rows): float(tflop) for rows, tflop in re.findall(r"(\d) rows: ([\d.e-]+) TFLOP", done.out)}
+    # Two FLOPs per weight and token, and twice that in the backward pass: 6 layers of 12 d^2 weights on 398 tokens in
+    # both networks, the vocabulary on the 53 response tokens in the policy.
+    expected = 3 * 2 * (2 * 6 * 12 * 128**2 * 398 + 128 * 50304 * 53) / 1e12
+    assert set(found) == {1, 2} and all(value == pytest.approx(n * expected, rel=0.01) for n, value in found.items())
+    assert len(re.findall(r"share 0\.\d+", done.out)) == 2
 
 
 def test_an_algorithm_is_timed_as_its_diff_has_it(tmp_path):
