@@ -377,6 +377,16 @@ def fit_logistic(x: np.ndarray, y: np.ndarray) -> tuple[Optional[float], Optiona
     return float(fit.intercept_[0]), float(fit.coef_[0, 0]), ""
 
 
+def equal_length_interval(x: np.ndarray, intercept: float, slope: float) -> list[float]:
+    """95% Wald interval of sigmoid(intercept), the win rate at equal length, from the fit's Fisher information.
+    Ties make it too wide: they vary less than wins and losses do."""
+    p = 1 / (1 + np.exp(-(intercept + slope * x)))  # (n,)
+    features = np.stack([np.ones(len(x)), x])  # (2, n)
+    information = (features * p * (1 - p)) @ features.T  # (2, 2)
+    bounds = intercept + np.array([-1.96, 1.96]) * np.sqrt(np.linalg.inv(information)[0, 0])
+    return (1 / (1 + np.exp(-bounds))).tolist()
+
+
 def length_bins(x: np.ndarray, scores: np.ndarray) -> list[dict]:
     """Win rate by log length ratio, in the bins between LENGTH_EDGES ([from, to); null is infinity), empty ones too."""
     # The fit assumes a shape; the bins show whether it holds. The paper compares PPO with SFT in this way: PPO is ahead
@@ -440,6 +450,7 @@ def summarise(samples: dict[str, Rows], verdicts: dict[Key, str], measure, unit:
             "mean_response_tokens": float(response.mean()) if len(y) else None,
             "mean_reference_tokens": float(reference.mean()) if len(y) else None,
             "length_controlled_win_rate": None if intercept is None else float(1 / (1 + np.exp(-intercept))),
+            "length_controlled_ci95": None if intercept is None else equal_length_interval(x, intercept, slope),
             "length_fit": {"intercept": intercept, "slope": slope, "why_not": why_not or None},
             "by_length": length_bins(x, y),
             "length_unit": unit,
@@ -561,7 +572,8 @@ def write_report(samples: dict[str, Rows], summary: dict, measure, args: Args):
 
 def print_summary(summary: dict):
     """The main figures for people."""
-    names = ("win_rate", "win_rate_ci95", "n", "ties", "unparsed", "position_bias", "length_controlled_win_rate")
+    names = ("win_rate", "win_rate_ci95", "n", "ties", "unparsed", "position_bias")
+    names += ("length_controlled_win_rate", "length_controlled_ci95")
     for path, result in summary["samples"].items():
         figures = [f"{name} {np.round(result[name], 3)}" for name in names if result[name] is not None]
         say(f"{path}: {', '.join(figures)}")

@@ -4,7 +4,7 @@
 #   TLDR_DIR=FOLDER SIZE=short bash benchmark/real_data.sh   # for trying out: 10 to 20 minutes on two cores
 #   TLDR_DIR=FOLDER bash benchmark/real_data.sh              # day: six hours on two cores (an estimate)
 #   TLDR_DIR=FOLDER SIZE=full bash benchmark/real_data.sh    # all posts, all pairs, 20,480 episodes: for a GPU
-#   TLDR_DIR=FOLDER SIZE=full EPISODES=4608 bash benchmark/real_data.sh   # a quarter of an hour on an H200
+#   TLDR_DIR=FOLDER SIZE=full EPISODES=4608 bash benchmark/real_data.sh   # an estimate: 15 minutes on an H200
 #
 # TLDR_DIR holds posts/{train,validation,test}.parquet and comparisons/{train,validation,test}.parquet: the columns of
 # the hub data sets that --query_dataset and --label_dataset name by default (`load_dataset(ID)[SPLIT].to_parquet(FILE)`;
@@ -12,7 +12,8 @@
 # split in two by post: PPO's reward model learns from one half, the one that judges the result from the other, with
 # another seed for its head. A stage that is complete is not repeated, an interrupted one continues from its newest
 # checkpoint, or the judge from its last verdict. Everything is written to OUT (default
-# runs/real/SIZE-SPLIT-seedSEED). SEED is another seed, SPLIT=validation the posts that settings are chosen on.
+# runs/real/SIZE-SPLIT-seedSEED). SEED is another seed, SPLIT=validation the posts that settings are chosen on,
+# EPISODES another number of them for PPO (then the folder is SIZE and that number).
 set -euo pipefail
 TLDR_DIR=$(cd "${TLDR_DIR:?set TLDR_DIR to the folder with posts/ and comparisons/}" && pwd)
 . "$(dirname "$0")/setup.sh"
@@ -20,7 +21,7 @@ TLDR_DIR=$(cd "${TLDR_DIR:?set TLDR_DIR to the folder with posts/ and comparison
 SIZE=${SIZE:-day}
 SEED=${SEED:-44413}
 SPLIT=${SPLIT:-test}
-OUT=${OUT:-runs/real/$SIZE-$SPLIT-seed$SEED}
+OUT=${OUT:-runs/real/$SIZE${EPISODES:-}-$SPLIT-seed$SEED}
 BASE=runs/real/base_model
 case $SIZE in
   # Learning rates are above the paper's 3e-6: there are tens of updates here, not a thousand, in batches of 16 or 32.
@@ -82,5 +83,5 @@ ppo=$OUT/ppo/samples_$SPLIT.csv
 stage judge "${judge[@]}" --samples "$sft" "$ppo"
 stage judge_against_sft "${judge[@]}" --samples "$ppo" --against "$sft"
 python benchmark/real_data/real_table.py "$OUT" --split "$SPLIT" --output "$OUT/real.json" \
-  --command "TLDR_DIR=FOLDER SIZE=$SIZE SEED=$SEED SPLIT=$SPLIT bash benchmark/real_data.sh"
+  --command "TLDR_DIR=FOLDER SIZE=$SIZE ${EPISODES:+EPISODES=$EPISODES }SEED=$SEED SPLIT=$SPLIT bash benchmark/real_data.sh"
 python benchmark/plot_metrics.py "$OUT/sft" "$OUT/reward" "$OUT/ppo" -o "$OUT/curves.png"

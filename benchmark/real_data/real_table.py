@@ -24,7 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmark.systems.processes import ROOT, describe_machine, write_atomically  # noqa: E402
 
 STAGES = ("base", "sft", "reward", "judge_model", "ppo", "judge", "judge_against_sft")
-CURVES = ("objective/scores", "objective/rlhf_reward", "objective/kl", "objective/response_length", "val/eos_share")
+ASKS = r"\?$|advice|appreciated|(?:any|some) (?:tips|help|ideas|suggestions|thoughts)"  # of the reader of the post
+CURVES = ("objective/rm_scores", "objective/scores", "objective/rlhf_reward", "objective/kl")
+CURVES += ("objective/response_length", "val/eos_share")
 
 
 @dataclass
@@ -56,26 +58,33 @@ def trend(values: pd.Series) -> dict:
     return {name: float(value) for name, value in (means | {"low": low, "high": high}).items()}
 
 
-def pair_accuracy(folder: Path, split: str) -> dict:
-    """
-    Of a reward model: the share of held-out pairs in which it scores the chosen summary higher (ties count half), with
-    its 95% interval by a bootstrap over posts, of which some have many pairs; and the share of all pairs of the split in
-    which the chosen summary is the longer.
-    """
-    table = pd.read_csv(folder / f"pairs_{split}.csv", keep_default_na=False)
-    right = (table.margin > 0) + 0.5 * (table.margin == 0)
-    posts = right.groupby(table.id).agg(["sum", "count"]).to_numpy()  # (posts, 2)
+def by_post(values: pd.Series, posts: list) -> dict:
+    """The mean over pairs with its 95% interval by a bootstrap over posts, of which some have many pairs."""
+    groups = values.groupby(posts).agg(["sum", "count"]).to_numpy()  # (posts, 2)
 
-    def rate(right, pairs, axis):
-        return right.sum(axis) / pairs.sum(axis)
+    def rate(sums, counts, axis):
+        return sums.sum(axis) / counts.sum(axis)
 
     options = dict(paired=True, method="percentile", rng=np.random.default_rng(0))
-    interval = stats.bootstrap(tuple(posts.T), rate, **options).confidence_interval
-    pairs = pd.read_parquet(folder.parent / "pairs" / folder.name / f"{split}.parquet")
-    lengths = [[len(s["text"]) for s in summaries] for summaries in pairs.summaries]
-    longer = [np.sign(pair[choice] - pair[1 - choice]) / 2 + 0.5 for pair, choice in zip(lengths, pairs.choice)]
-    found = {"accuracy": right.mean(), "low": interval.low, "high": interval.high, "longer": np.mean(longer)}
-    return {name: float(value) for name, value in found.items()} | {"pairs": len(table), "posts": len(posts)}
+    interval = stats.bootstrap(tuple(groups.T), rate, **options).confidence_interval
+    return {"mean": float(values.mean()), "low": float(interval.low), "high": float(interval.high)}
+
+
+def pair_accuracy(folder: Path, split: str) -> dict:
+    """
+    Of a reward model: the share of held-out pairs in which it scores the chosen summary higher (ties count half); the
+    share in which the chosen summary has more characters; and the difference of the two.
+    """
+    table = pd.read_csv(folder / f"pairs_{split}.csv", keep_default_na=False, dtype={"id": str})
+    rows = iter(pd.read_parquet(folder.parent / "pairs" / folder.name / f"{split}.parquet").to_dict("records"))
+    pairs = [next(row for row in rows if row["info"]["id"] == name) for name in table.id]  # those that were usable
+    posts = [" ".join((row["info"]["post"] or name).lower().split()) for row, name in zip(pairs, table.id)]
+    lengths = [[len(row["summaries"][side]["text"]) for side in (row["choice"], 1 - row["choice"])] for row in pairs]
+    longer = pd.Series([np.sign(chosen - rejected) / 2 + 0.5 for chosen, rejected in lengths])
+    right = np.sign(table.margin) / 2 + 0.5
+    found = {"accuracy": by_post(right, posts), "longer": float(longer.mean())}
+    found |= {"above_longer": by_post(right - longer, posts), "pairs": len(table), "posts": len(set(posts))}
+    return found
 
 
 def collect(folder: Path, split: str, number: int) -> dict:
@@ -86,9 +95,14 @@ def collect(folder: Path, split: str, number: int) -> dict:
         if path.exists():  # not of a stage that was killed right after its end
             attempts = pd.read_json(path, lines=True)
             record[stage]["cost"] = attempts.sum().to_dict() | {"peak_gib": float(attempts.peak_gib.max())}
+    margins = {}
     for stage in ("reward", "judge_model"):
         record[stage]["accuracy_by_post"] = pair_accuracy(folder / stage, split)
         record[stage]["report"] = json.loads((folder / stage / f"eval_{split}.json").read_text(encoding="utf-8"))
+        margins[stage] = pd.read_csv(folder / stage / f"pairs_{split}.csv").margin
+    same = np.mean(np.sign(margins["reward"]) == np.sign(margins["judge_model"]))
+    correlation = margins["reward"].corr(margins["judge_model"])
+    record["reward_models"] = {"agreement": float(same), "correlation_of_margins": float(correlation)}
     record["versions"] = json.loads((folder / "ppo" / "args.json").read_text(encoding="utf-8"))["versions"]
     lines = (folder / "ppo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     record["ppo_updates"] = [line for line in map(json.loads, lines) if "objective/kl" in line]
@@ -97,12 +111,18 @@ def collect(folder: Path, split: str, number: int) -> dict:
         record["trend"] = {name: trend(updates[name]) for name in CURVES}
     tables = {stage: read_samples(folder, stage, split) for stage in ("sft", "ppo")}
     texts = {"references": tables["sft"].reference} | {stage: tables[stage].response for stage in ("sft", "ppo")}
-    record["questions"] = {name: float(column.str.endswith("?").mean()) for name, column in texts.items()}
+    asks = {name: column.str.contains(ASKS, case=False) for name, column in texts.items()}
+    record["asks"] = {name: float(column.mean()) for name, column in asks.items()}
     verdicts = pd.read_json(folder / "judge_against_sft/verdicts.jsonl", lines=True, dtype=False)
+    verdicts = verdicts.drop_duplicates(["id", "response_was_shown_as"], keep="last")  # the last of repeated questions
     won = verdicts.groupby("id").preferred.agg(lambda orders: sorted(orders))
     names = {"reference": "SFT", "response": "PPO"}
     posts = tables["ppo"]["query"]
     shown = ("sft", "ppo")
+    words = {name: tables[name].response.str.split().str.len() for name in shown}
+    for name, chosen in (("ppo_not_longer", words["ppo"] <= words["sft"]), ("asks_alike", asks["ppo"] == asks["sft"])):
+        rates = won[posts.index[chosen]].map(lambda orders: np.mean([side == "response" for side in orders]))
+        record[name] = {"posts": len(rates), "win_rate": float(rates.mean())}
     own = [post for post in posts.index if not any(copies(tables[s].response[post], posts[post]) for s in shown)]
     record["responses"] = {
         post: {name: tables[name].response[post] for name in shown}
@@ -121,13 +141,12 @@ def markdown(record: dict) -> str:
         lines.append(f"| {name} | {base[f'eval/{name}']:.3f} | {sft[f'eval/{name}']:.3f} |")
     for name, model in (("Reward model", reward), ("Judge's model, of the other half", judge_model)):
         found = model["accuracy_by_post"]
-        held_out = f"accuracy {found['accuracy']:.3f} [{found['low']:.3f}, {found['high']:.3f}] on {found['pairs']}"
-        held_out += f" held-out pairs of {found['posts']} posts (by length alone: {found['longer']:.3f})"
-        groups = [
-            f"{row['group'] or 'not given'} {row['accuracy']:.2f} (n = {row['n']})"
-            for row in model["report"]["accuracy by confidence"]
-        ]
-        lines.append(f"\n{name}, {model['episodes']} pairs: {held_out}. By confidence: {', '.join(groups)}.")
+        held_out, above = ["{mean:.3f} [{low:.3f}, {high:.3f}]".format(**found[k]) for k in ("accuracy", "above_longer")]
+        lines.append(f"\n{name}, {model['episodes']} pairs: accuracy {held_out} on {found['pairs']} held-out pairs of")
+        lines.append(f"{found['posts']} posts. The longer summary is right in {found['longer']:.3f}; difference {above}.")
+    both = record["reward_models"]
+    lines.append(f"\nThe two agree on {both['agreement']:.3f} of the pairs; correlation of their margins")
+    lines.append(f"{both['correlation_of_margins']:.3f}.")
     if "trend" in record:
         lines += ["\n| PPO | first third of the updates | last third | rise, 95% interval |", "|---|---|---|---|"]
     for name, found in record.get("trend", {}).items():
@@ -135,14 +154,19 @@ def markdown(record: dict) -> str:
         lines.append(f"| {name} | {found['first']:.3f} | {found['last']:.3f} | {rise} |")
     kl, eos, length = [ppo[f"eval/{name}"] for name in ("kl", "eos_share", "response_length")]
     lines.append(f"\nAfter PPO: KL {kl:.2f}, share with EOS {eos:.3f}, {length:.1f} tokens.")
-    shares = ", ".join(f"{name} {share:.3f}" for name, share in record["questions"].items())
-    lines.append(f"Share of summaries that end with a question: {shares}.")
-    lines += ["\n| judged | win rate | 95% interval | at equal length |", "|---|---|---|---|"]
+    shares = ", ".join(f"{name} {share:.3f}" for name, share in record["asks"].items())
+    lines.append(f"Share of summaries that end with a question or ask for advice: {shares}.")
+    for name, what in (("ppo_not_longer", "PPO has no more words than SFT"), ("asks_alike", "both ask, or neither does")):
+        lines.append(f"PPO against SFT where {what}: {record[name]['win_rate']:.3f} of {record[name]['posts']} posts.")
+    lines += ["\n| judged | win rate | 95% interval | at equal length, 95% interval |", "|---|---|---|---|"]
     names = ("SFT, against references", "PPO, against references", "PPO, against SFT")
     for name, figures in zip(names, [*judge["samples"].values(), *against_sft["samples"].values()]):
         bounds = " to ".join(f"{edge:.3f}" for edge in figures["win_rate_ci95"])
-        equal = figures["length_controlled_win_rate"]
-        lines.append(f"| {name} | {figures['win_rate']:.3f} | {bounds} | {'' if equal is None else f'{equal:.3f}'} |")
+        equal = ""
+        if figures["length_controlled_ci95"]:
+            low, high = figures["length_controlled_ci95"]
+            equal = f"{figures['length_controlled_win_rate']:.3f} [{low:.3f}, {high:.3f}]"
+        lines.append(f"| {name} | {figures['win_rate']:.3f} | {bounds} | {equal} |")
     lines += ["\n| post | SFT | PPO | preferred |", "|---|---|---|---|"]
     for post, shown in record["responses"].items():
         cells = [" ".join(shown[name].replace("|", "\\|").split()) for name in ("sft", "ppo")]

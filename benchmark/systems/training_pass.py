@@ -1,11 +1,12 @@
 """
 How much of a GPU's arithmetic a training pass of PPO uses: FLOPs of one forward and backward pass of policy and value
-model on one micro-batch, its seconds, and its share of the largest bf16 matrix product's FLOP/s.
+model on one micro-batch, without the optimizer step, its seconds, and its share of the FLOP/s of a bf16 matrix product.
 
     python benchmark/systems/training_pass.py --shape 1b --rows 8 16 32
 
 The models have random weights. A row has 345 query tokens and 53 response tokens, about those of the real posts, and no
-row is padded. FLOPs are counted by torch's FlopCounterMode, on a CPU without those of the attention's products.
+row is padded. FLOPs are counted by torch's FlopCounterMode, which counts attention as if it were not causal (4% of all
+at 1b), and on a CPU not at all.
 """
 
 import sys

@@ -163,6 +163,16 @@ def test_logistic_fit_is_where_the_likelihood_is_flat_or_not_at_all():
     assert 0 < ej.fit_logistic(x, np.array([0, 1, 0, 1.0]))[1] < np.inf  # the smallest overlap has a fit
 
 
+def test_interval_at_equal_length_is_that_of_a_bootstrap():
+    rng = np.random.default_rng(4)
+    x = rng.normal(0.3, 0.4, 800)
+    y = (rng.random(800) < 1 / (1 + np.exp(-0.5 - 2 * x))).astype(float)
+    low, high = ej.equal_length_interval(x, *ej.fit_logistic(x, y)[:2])
+    draws = (rng.integers(0, 800, 800) for _ in range(300))
+    rates = [1 / (1 + np.exp(-ej.fit_logistic(x[rows], y[rows])[0])) for rows in draws]
+    assert (low, high) == pytest.approx(np.percentile(rates, [2.5, 97.5]), abs=0.012) and 0.05 < high - low < 0.12
+
+
 def test_length_bins_against_a_slow_count():
     edges = [-np.inf, -0.75, -0.45, -0.15, 0.15, 0.45, 0.75, np.inf]
     x = np.concatenate([np.random.default_rng(1).normal(0, 0.6, 300), edges[1:-1]])
@@ -200,7 +210,9 @@ def test_two_files_give_the_figures_that_a_slow_count_gives(place):
         for name in ("response", "reference"):
             assert result[f"mean_{name}_tokens"] == pytest.approx(np.mean([len(row[name].split()) for row in rows]))
         assert result["win_rate_ci95"] == ej.bootstrap_interval(scores, 10000, 1)
-        assert sum(b["n"] for b in result["by_length"]) == 30 and 0 < result["length_controlled_win_rate"] < 1
+        assert sum(b["n"] for b in result["by_length"]) == 30
+        low, high = result["length_controlled_ci95"]
+        assert 0 <= low < result["length_controlled_win_rate"] < high <= 1
         assert ascii(path)[1:-1] + f": win_rate {round(scores.mean(), 3)}" in out and "Traceback" not in err
     same = np.mean(expected_scores(first) == expected_scores(second))
     assert summary["agreement"][" | ".join(place.samples)]["agreement"] == pytest.approx(same)
