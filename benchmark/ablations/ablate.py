@@ -486,7 +486,7 @@ def draw(found: dict, variants: list[Variant], path: Path):
     axes.grid(axis="x", alpha=0.3)
     axes.set_xlabel("difference in gold score (ablation minus unchanged scripts)")
     seeds = max((entry["n"] for _, entry in rows), default=0)
-    axes.set_title(f"What each detail is worth in the tiny world: {len(rows)} ablations, {seeds} seeds", fontsize=11)
+    axes.set_title(f"What each detail is worth in the tiny world: {len(rows)} ablations, up to {seeds} seeds", fontsize=11)
     for name, colour in colours.items():
         axes.plot([], [], "|-", color=colour, markersize=11, markeredgewidth=2, label=name)
     axes.plot([], [], "o", color="grey", markersize=3, label="one seed (bars: mean and 95% t-interval)")
