@@ -69,11 +69,11 @@ class Args:
     judge_max_tokens: Optional[int] = 300  # longest reply, in tokens; models that think need more; None: not sent
     judge_seed: Optional[int] = 1  # sampling seed; None: not sent, for servers that refuse it
     judge_timeout: float = 60.0  # seconds without a word from the server after which a request counts as failed
-    concurrency: int = 16  # number of questions in flight at once
+    concurrency: int = 16  # questions in flight at once
     max_retries: int = 8  # repetitions of a request after a failure, and of a question after an unreadable reply
     # ---- Statistics ----
     tokenizer: Optional[str] = None  # tokenizer (folder or hub id) that measures lengths; default: lengths in words
-    bootstrap_samples: int = 10000  # number of bootstrap resamples of the posts behind win_rate_ci95
+    bootstrap_samples: int = 10000  # bootstrap resamples of the posts behind win_rate_ci95
 
 
 Rows = dict[str, dict[str, str]]  # a samples file: {id: {"query": ..., "response": ..., "reference": ...}}
@@ -363,8 +363,8 @@ def fit_logistic(x: np.ndarray, y: np.ndarray) -> tuple[Optional[float], Optiona
     """Fit P(win) = sigmoid(intercept + slope x) by maximum likelihood; y (n,) in {0, 0.5, 1}, a tie half of each.
     Returns (intercept, slope, "") or (None, None, why there is no fit). A fit exists if and only if wins and losses
     overlap in x: without overlap the likelihood grows for ever with the slope, and any number would be made up."""
-    # The win rate at equal length, x = 0, is sigmoid(intercept): what is left without the judge's taste for length. The
-    # idea is that of the length-controlled AlpacaEval (arXiv 2404.04475), with the length as its only feature.
+    # The win rate at equal length, x = 0, is sigmoid(intercept): what is left without the judge's taste for length, as
+    # in the length-controlled AlpacaEval (arXiv 2404.04475), with the length as the only feature.
     wins, losses = x[y > 0], x[y < 1]  # a tie is in both
     if not (len(wins) and len(losses) and wins.min() < losses.max() and losses.min() < wins.max()):
         return None, None, "wins and losses do not overlap in length"
@@ -571,7 +571,7 @@ def write_report(samples: dict[str, Rows], summary: dict, measure, args: Args):
 
 
 def print_summary(summary: dict):
-    """The main figures for people."""
+    """Print the main figures."""
     names = ("win_rate", "win_rate_ci95", "n", "ties", "unparsed", "position_bias")
     names += ("length_controlled_win_rate", "length_controlled_ci95")
     for path, result in summary["samples"].items():
