@@ -64,7 +64,7 @@ ALGORITHMS = {
 }
 TRL = ("trl_rloo", "trl_grpo", "trl_dpo")  # TRL's trainers
 ALGORITHMS |= {name: (None, {}) for name in TRL}
-LEARNING_RATES = (1e-4, 2e-4, 4e-4, 8e-4)
+LEARNING_RATES = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)
 GRID = {name: [(lr, kl) for lr in LEARNING_RATES for kl in (0.025, 0.05, 0.1)] for name in ("ppo", "rloo", "grpo")}
 GRID["dpo"] = [(lr, beta) for lr in LEARNING_RATES for beta in (0.05, 0.1, 0.3)]
 NS = (1, 4, 16, 64)
