@@ -141,7 +141,7 @@ def make_questions(samples: dict[str, Rows], template: str, args: Args) -> dict[
 
 
 # ---- Asking the judge ------------------------------------------------------------------------------------------------
-# What servers call a post that they will not read: too long for the model, or barred by a content filter.
+# What servers call a post that they will not read: too long, or barred by a content filter.
 REFUSALS = ("context_length", "context length", "content_filter", "content_policy", "content management policy")
 # What to do about an HTTP status that every other question would get as well.
 HINTS = {
@@ -692,11 +692,11 @@ def main():
                     asyncio.run(judge_all(missing, judge, identity, file, bar))
                 verdicts = load_verdicts(path, questions, identity)
 
-            # 4. Count, and report
+            # 4. Count, and report; summary.json comes last
             summary = {name: getattr(args, name) for name in ("judge_model", "order", "seed", "against")}
             summary |= {"prompt_sha256": sha256(template)} | summarise(samples, verdicts, measure, unit, args)
-            write_file(f"{args.output_dir}/summary.json", json.dumps(summary, indent=2) + "\n")
             write_report(samples, summary, measure, args)
+            write_file(f"{args.output_dir}/summary.json", json.dumps(summary, indent=2) + "\n")
             print_summary(summary)
     except JudgeError as error:
         refuse(f"{error}; {kept}")

@@ -525,7 +525,7 @@ def test_full_disk_or_closed_stdout_cost_no_verdict_and_leave_no_half_report(pla
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
             assert len(place.lines()) in found and "report.png" not in place.content()
-            assert ("summary.json" in place.content()) == (room == 30_000)
+            assert "summary.json" not in place.content()  # the last file of a run, here as elsewhere
         reader, closed = os.pipe()
         os.close(reader)  # as after `| head`
         for number in (closed, os.open("/dev/full", os.O_WRONLY)):
