@@ -265,7 +265,7 @@ class Judge:
 
 async def judge_all(questions: dict[Key, str], judge: Judge, identity: dict, file, bar: tqdm):
     """Ask all questions, `--concurrency` at a time, and append each verdict to `file` as it arrives."""
-    # A judge takes seconds per reply, nearly all of them waiting: many requests in flight at once, in one thread.
+    # A judge takes seconds per reply, nearly all waiting: many requests in flight at once, in one thread.
     slots = asyncio.Semaphore(judge.args.concurrency)
 
     async def settle(path: str, post_id: str, shown: str, prompt: str):
