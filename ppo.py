@@ -78,7 +78,7 @@ class Args:
     resume: bool = False  # continue the run in --output_dir from its newest checkpoint, if there is one
     save_every: int = 50  # updates between checkpoints; 0: none
     keep: int = 2  # number of checkpoints to keep: the newest ones
-    bf16: bool = False  # compute in bfloat16, with fp32 parameters (Detail 8); overrides the launcher's setting
+    bf16: bool = False  # compute in bf16; parameters or DeepSpeed's masters in fp32 (Detail 8); overrides the launcher
     offload: bool = False  # keep reference policy and reward model in CPU memory while they are not used (Detail 8)
     # ---- Models and data ----
     sft_model_path: str = "models/sft"  # initial policy, and reference: an output folder of sft.py, or a model
@@ -183,7 +183,7 @@ def rollout(args, accelerator: Accelerator, nets: Networks, query_tokens: list, 
     """
     Sample a response to each query of this process, gather, and score. Returns the global batch, the same on all
     processes: queries (B, Q), left-padded; responses (B, R), right-padded; what `response_masks` and `forward_all` give
-    for them; scores (B,), the reward model's with the penalty for a missing EOS; row_lengths (B,), in tokens.
+    for them; scores (B,), the reward model's, or the fixed one without EOS; row_lengths (B,), in tokens.
     """
     pad = nets.tokenizer.pad_token_id
     seed_everything(args.seed, accelerator.process_index, update)
@@ -265,7 +265,7 @@ def response_masks(responses: torch.Tensor, pad_token_id: int) -> dict:
         valid          1       1       1       0       0         logprobs, KL penalty, policy loss
         valid_p1       1       1       1       1       0         values, value loss
         values are of  query   a       b       EOS     -         the value model's output at this token
-        rewards        -b KL   -b KL   -b KL   score   0       b is kl_coef
+        rewards        -c KL   -c KL   -c KL   score   0       c is kl_coef
 
     >>> response_masks(torch.tensor([[5, 0, 9, 9]]), pad_token_id=9)   # a token, EOS (0), padding
     {'valid': tensor([[ True,  True, False, False]]), 'valid_p1': tensor([[ True,  True,  True, False]])}
@@ -340,7 +340,7 @@ def response_logprobs(policy, token_ids, positions, responses, pad_token_id: int
 
 def penalize_missing_eos(rm_scores: torch.Tensor, responses: torch.Tensor, eos_token_id: int, penalty: Optional[float]):
     """The reward model's scores (B,), with those of responses (B, R) without EOS replaced by `penalty`."""
-    # Detail 23 (EOS trick, 3): a response without EOS gets a fixed bad score INSTEAD of the reward model's. Without it,
+    # Detail 23 (EOS trick, 3): a response without EOS gets a fixed bad score INSTEAD of the reward model's. Otherwise
     # the policy has little reason to end its summaries.
     if penalty is None:
         return rm_scores
@@ -376,9 +376,9 @@ def place_rewards(kl: torch.Tensor, scores: torch.Tensor, lengths: torch.Tensor,
     """
     rewards = -kl_coef * kl  # (B, R)
     # Detail R (reward at EOS + 1): the score is added one AFTER EOS if there is room, else at the last token. The value
-    # there is the value model's output at EOS. It is initialised from the reward model, whose output at EOS is that
-    # very score: its first error is 0, unless EOS is missing. So this value counts (valid_p1); the policy loss ends at
-    # EOS.
+    # there is the value model's output at EOS. The value model starts as the reward model, whose output at EOS is the
+    # score, so the first error there is 0, unless EOS is missing. Hence EOS + 1 is in the value loss (valid_p1), but
+    # not in the policy loss.
     end = lengths.clamp(max=rewards.shape[1] - 1)  # (B,)
     rewards[torch.arange(len(rewards), device=rewards.device), end] += scores
     return rewards

@@ -75,7 +75,7 @@ class Args:
     resume: bool = False  # continue the run in --output_dir from its newest checkpoint, if there is one
     save_every: int = 50  # updates between checkpoints; 0: none
     keep: int = 2  # number of checkpoints to keep: the newest ones
-    bf16: bool = False  # compute in bfloat16, with fp32 parameters (Detail 8); overrides the launcher's setting
+    bf16: bool = False  # compute in bf16; parameters or DeepSpeed's masters in fp32 (Detail 8); overrides the launcher
     # ---- Model and data ----
     sft_model_path: str = "models/sft"  # the model to start from: an output folder of sft.py, or a model
     reward_model_path: Optional[str] = None  # start from this reward model, not from a new head on the SFT model

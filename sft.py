@@ -72,7 +72,7 @@ class Args:
     resume: bool = False  # continue the run in --output_dir from its newest checkpoint, if there is one
     save_every: int = 50  # updates between checkpoints; 0: none
     keep: int = 2  # number of checkpoints to keep: the newest ones
-    bf16: bool = False  # compute in bfloat16, with fp32 parameters (Detail 8); overrides the launcher's setting
+    bf16: bool = False  # compute in bf16; parameters or DeepSpeed's masters in fp32 (Detail 8); overrides the launcher
     # ---- Model and data ----
     base_model: str = "EleutherAI/pythia-1b-deduped"  # hub id or folder of the causal language model to fine-tune
     # posts with columns id, subreddit, title, post, summary: a hub id or a folder (see `read_rows`)

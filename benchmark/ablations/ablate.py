@@ -442,7 +442,9 @@ def markdown(runs: list[dict], found: dict, variants: list[Variant]) -> str:
         "",
         "Ablation minus baseline, paired by seed: mean with its 95% t-interval. The share is of PPO's gain in gold",
     ]
-    lines += [f"score over SFT. p is that of the gold score, corrected by Holm for {len(found)} ablations.", ""]
+    lines += [f"score over SFT. p is that of the gold score, corrected by Holm for {len(found)} ablations. KL, tokens (EOS"]
+    lines += ["included) and EOS share are of the evaluation. First ratio from 1: the largest of all tokens, before any step of"]
+    lines += ["the optimizer. Errors: runs that diverged.", ""]
     head = "gold score | share | win rate | KL | first ratio from 1 | tokens | EOS share | p | p corrected | errors | verdict"
     lines += [f"| ablation | detail | seeds | {head} |", "|---|" + "---|" * (3 + head.count("|"))]
     headers = {variant.name: variant.header for variant in variants}
