@@ -177,7 +177,7 @@ class Comparison(Harness):
 
     @torch.no_grad()
     def score_again(self, variant: Variant, seed: int, samples: Path) -> dict:
-        """Of DPO's and TRL's samples, what ppo.py's evaluation tells of its own: KL, score, and length. They count as ended."""
+        """KL, score and length of DPO's and TRL's samples, as ppo.py's evaluation has them. All count as ended."""
         sft, reward, policy = [self.folder(variant, seed, stage) / "model" for stage in ("sft", "reward", "ppo")]
         rows = load_samples(str(samples / f"samples_{self.split}.csv"), load_facts(str(self.world)))
         tokenizer = ppo.load_tokenizer(str(sft), "--base_model")
