@@ -8,8 +8,7 @@ SFT, best-of-n, DPO, RLOO, GRPO and PPO from the same SFT and reward models, on 
 An algorithm is a diff of this folder, applied to a copy of the scripts; PPO is ppo.py as it is. Models, world and flags
 are those of the ablations, and the models of the baseline are shared with them (--work_dir).
     1. Every learning rate of GRID with every KL coefficient (beta of DPO), on validation posts with --choose_seeds. The
-       pair with the highest mean gold score is chosen, for each algorithm by itself. (Two seeds chose a learning rate
-       for PPO at which two of eight test seeds lost half of their gold score.)
+       pair with the highest mean gold score is chosen, for each algorithm by itself.
     2. The chosen ones, best-of-n and SFT on the test posts, with --seeds.
 PPO, RLOO and GRPO sample the same number of responses; GRPO and RLOO take one step on each batch, PPO four. `rloo_long`
 and `grpo_long` sample three times as many, and take three quarters of PPO's steps. DPO sees the reward model's pairs.
@@ -216,10 +215,16 @@ def choose(runs: list[dict]) -> dict:
 FIGURES = ("gold", "win_rate", "lc_win_rate", "length", "kl", "kl_bound", "score", "accuracy")
 FIGURES += ("seconds", "cpu_seconds", "peak_gib")
 PAIRED = ("gold", "win_rate", "lc_win_rate", "kl", "score")
+# What is compared beside PPO: the first of a pair minus the second.
+PAIRS = [("rloo", "best_of_16"), ("rloo", "dpo"), ("best_of_64", "best_of_16"), ("grpo_long", "grpo")]
+PAIRS += [(name, name.removeprefix("trl_")) for name in TRL]
 
 
 def table(runs: list[dict], chosen: dict) -> str:
-    """One row per algorithm on the test posts: means, and differences from PPO with the same seed and 95% interval."""
+    """
+    One row per algorithm on the test posts: means, and differences from PPO with the same seed and 95% interval. Then
+    the differences of PAIRS.
+    """
     test = defaultdict(dict)
     errors = Counter()
     for run in runs:
@@ -239,6 +244,11 @@ def table(runs: list[dict], chosen: dict) -> str:
             cells.append(f"{np.mean(values):.3f}" if values else "")
         cells += [cell(paired(seeds, test["ppo"], figure)) if name != "ppo" else "" for figure in PAIRED]
         lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| paired by seed | " + " | ".join(PAIRED) + " |", "|---" * (1 + len(PAIRED)) + "|"]
+    for a, b in PAIRS:
+        if a in test and b in test:
+            cells = [cell(paired(test[a], test[b], figure)) for figure in PAIRED]
+            lines.append(f"| {NAMES[a]} minus {NAMES[b]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

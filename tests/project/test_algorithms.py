@@ -245,11 +245,13 @@ def test_settings_are_chosen_on_validation_posts_and_paired_on_test_posts():
     runs += [{"variant": "rloo lr 0.0005 kl 0.1", "split": "test", "seed": 3, "error": "ppo: not finite"}]
     runs += make("rloo lr 0.001 kl 0.1", "test", [50])  # an earlier choice
     runs += make("trl_rloo lr 0.0005 kl 0.1", "test", [3, 3])
-    header, _, first, second, third = compare.table(runs, compare.choose(runs)).splitlines()
+    header, _, first, second, third, *_, last = compare.table(runs, compare.choose(runs)).splitlines()
     assert "gold" in header and first.startswith("| PPO | 0.001, 0.05 | 3 | 0 | 6.000 |")
     # The differences are -1, 0, -2: mean -1, standard error 1 / sqrt(3), t of two degrees of freedom 4.303.
     assert second.startswith("| RLOO | 0.0005, 0.1 | 3 | 1 | 5.000 |") and "| -1.000 [-3.484, +1.484] |" in second
     assert third.startswith("| TRL's RLOO | 0.0005, 0.1 | 2 | 0 | 3.000 |")
+    # -1 and -3: mean -2, standard error 1, t of one degree of freedom 12.706. No other pair of PAIRS has been run.
+    assert last.startswith("| TRL's RLOO minus RLOO | -2.000 [-14.706, +10.706] |")
 
 
 @pytest.mark.parametrize("algorithm, batch, episodes", [("rloo", 256, 2560), ("dpo", 16, 10000)])
