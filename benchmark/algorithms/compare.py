@@ -228,9 +228,8 @@ def table(runs: list[dict], chosen: dict) -> str:
     test = defaultdict(dict)
     errors = Counter()
     for run in runs:
-        name, *setting = run["variant"].split()
-        # The chosen setting only: a choice may have been another one before all of validation was run.
-        if run["split"] == "test" and tuple(map(float, setting[1::2])) == chosen_for(name, chosen):
+        name = run["variant"].split()[0]
+        if run["split"] == "test" and is_chosen(run, chosen):
             errors[name] += "error" in run
             test[name] |= {} if "error" in run else {run["seed"]: run}
     heads = ["algorithm", "lr, KL coefficient", "seeds", "errors", *FIGURES]
@@ -257,13 +256,20 @@ def chosen_for(name: str, chosen: dict) -> tuple:
     return chosen.get(name.removesuffix("_long").removeprefix("trl_"), ())
 
 
-def draw(runs: list[dict], path: Path):
+def is_chosen(run: dict, chosen: dict) -> bool:
+    """Whether a run has the chosen setting: it may have been another one before all of validation was run."""
+    name, *setting = run["variant"].split()
+    return tuple(map(float, setting[1::2])) == chosen_for(name, chosen)
+
+
+def draw(runs: list[dict], chosen: dict, path: Path):
     """Gold score and reward model's score over the KL from SFT: settings on validation posts, and the test posts."""
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
     groups = defaultdict(list)
     for run in runs:
-        if "error" not in run and not run["variant"].startswith("trl_"):
+        shown = run["split"] == "validation" or is_chosen(run, chosen)
+        if shown and "error" not in run and not run["variant"].startswith("trl_"):
             groups[run["variant"], run["split"]].append(run)
     names = ["ppo", "rloo", "grpo", "dpo", "best", "sft"]
     figure = Figure(figsize=(12, 5), dpi=130, layout="constrained")
@@ -317,7 +323,7 @@ def main():
     missing = harness.run_all(final)
     text = table(harness.runs_here(), best)
     write_atomically(harness.out.with_suffix(".md"), text + "\n")
-    draw(harness.runs_here(), harness.out.with_suffix(".png"))
+    draw(harness.runs_here(), best, harness.out.with_suffix(".png"))
     print(f"\n{text}\n\nraw: {harness.out}; picture: {harness.out.with_suffix('.png')}")
     report_missing(missing)
 
