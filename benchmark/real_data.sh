@@ -27,13 +27,13 @@ case $SIZE in
   # Learning rates are above the paper's 3e-6: there are tens of updates here, not a thousand, in batches of 16 or 32.
   # Those of full were the best of two for SFT (1e-4, 3e-5) and for the reward model (5e-5, 2e-5), by the loss on
   # validation. Cut queries leave time for more episodes, but with 224 tokens half of a post is lost on average, and
-  # references and preferences are about all of it. PPO's lr of day: with its 96 optimizer steps, as far in all as the
-  # 144 steps at 2e-5 of the run on an H200.
+  # references and preferences are about all of it. At 5e-5 the reward model of day scored unfinished responses far above
+  # finished ones, and PPO's first updates lost EOS (results/real_day.md).
   short) sft="--total_episodes 32 --lr 1e-4"; rm="--total_episodes 32 --lr 5e-5 --normalization_rows 8"
          episodes=16; lr=1e-5; rows=8; pairs=16; batch=8; micro=4; ppo_micro=4; query=128; half=500; every=1 ;;
   day)   sft="--total_episodes 1200 --lr 1e-4"
-         rm="--total_episodes 960 --lr 5e-5 --warm_up_steps 5 --normalization_rows 200"
-         episodes=768; lr=3e-5; rows=171; pairs=531; batch=32; micro=4; ppo_micro=4; query=224; half=""; every=1 ;;
+         rm="--total_episodes 960 --lr 2e-5 --warm_up_steps 5 --normalization_rows 200"
+         episodes=768; lr=2e-5; rows=171; pairs=531; batch=32; micro=4; ppo_micro=4; query=224; half=""; every=1 ;;
   full)  sft="--lr 1e-4"; rm="--lr 2e-5 --warm_up_steps 5"
          episodes=20480; lr=2e-5; rows=171; pairs=531; batch=128; micro=32; ppo_micro=64; query=512; half=""; every=20 ;;
   *) echo "error: SIZE is $SIZE; it is short, day or full" >&2; exit 2 ;;
