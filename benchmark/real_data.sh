@@ -2,7 +2,7 @@
 # The pipeline on real data: OpenAI's TL;DR posts and comparisons, and SmolLM2-135M-Instruct as the base model.
 #
 #   TLDR_DIR=FOLDER SIZE=short bash benchmark/real_data.sh   # for trying out: 10 to 20 minutes on two cores
-#   TLDR_DIR=FOLDER bash benchmark/real_data.sh              # day: two to six hours on two cores (six: an estimate)
+#   TLDR_DIR=FOLDER bash benchmark/real_data.sh              # day: two hours on two fast cores, or six (an estimate)
 #   TLDR_DIR=FOLDER SIZE=full bash benchmark/real_data.sh    # all posts, all pairs, 20,480 episodes: for a GPU
 #   TLDR_DIR=FOLDER SIZE=full EPISODES=4608 bash benchmark/real_data.sh   # an estimate: 15 minutes on an H200
 #
