@@ -56,7 +56,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 import transformers
 import tyro
-import wandb
 from accelerate import Accelerator, DistributedType, PartialState, load_checkpoint_in_model
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from datasets import load_dataset, load_from_disk
@@ -122,7 +121,7 @@ class Args:
     wandb_entity: Optional[str] = None  # team or user that owns the tracked run; default: yours
 
 
-# Flags that --resume may change. Those that change the shapes of batches change rounding, and sampling.
+# Flags that --resume may change. Those that change the shapes of batches change rounding, and what is sampled.
 MAY_CHANGE = """exp_name output_dir resume save_every keep offload local_micro_batch_size gradient_accumulation_steps
     local_rollout_forward_batch_size gradient_checkpointing run_eval eval_split max_eval_rows local_eval_batch_size
     eval_temperature track wandb_project_name wandb_entity""".split()
@@ -140,7 +139,6 @@ class Networks:
 # ---- The algorithm: training loop ------------------------------------------------------------------------------------
 def train(args, accelerator: Accelerator, nets: Networks, optimizer, posts: list, batch_size: int, updates: range):
     """The training loop: rollout, advantages, PPO epochs; one line of metrics.jsonl per update."""
-    local_batch_size = batch_size // accelerator.num_processes
     num_updates = updates.stop
     started = time.time()
     progress = dict(desc="PPO", initial=updates.start, total=num_updates, disable=not accelerator.is_main_process)
@@ -153,7 +151,7 @@ def train(args, accelerator: Accelerator, nets: Networks, optimizer, posts: list
 
         # Detail 21 (prompts): the SFT posts, in a new order in every pass. Each process takes its share of the batch.
         rows = take_rows(len(posts), args.seed, update * batch_size, (update + 1) * batch_size)
-        mine = rows[accelerator.process_index * local_batch_size :][:local_batch_size]
+        mine = np.split(rows, accelerator.num_processes)[accelerator.process_index]
         query_tokens = [posts[i]["query_tokens"] for i in mine]
 
         rollout_started = time.time()
@@ -180,8 +178,7 @@ def train(args, accelerator: Accelerator, nets: Networks, optimizer, posts: list
 # ---- The algorithm: rollout ------------------------------------------------------------------------------------------
 @torch.no_grad()
 def rollout(args, accelerator: Accelerator, nets: Networks, query_tokens: list, update: int) -> dict:
-    """
-    Sample a response to each query of this process, gather, and score. Returns the global batch, the same on all
+    """Sample a response to each query of this process, gather, and score. Returns the global batch, the same on all
     processes: queries (B, Q), left-padded; responses (B, R), right-padded; what `response_masks` and `forward_all` give
     for them; scores (B,), the reward model's, or the fixed one without EOS; row_lengths (B,), in tokens.
     """
@@ -257,8 +254,7 @@ def sample_responses(args, accelerator, policy, tokenizer, query_tokens: list, t
 
 
 def response_masks(responses: torch.Tensor, pad_token_id: int) -> dict:
-    """
-    For responses (B, R) with [PAD] after their EOS, two masks (B, R): valid, True at their tokens; valid_p1, True at
+    """For responses (B, R) with [PAD] after their EOS, two masks (B, R): valid, True at their tokens; valid_p1, True at
     the position after the last token too, which is EOS + 1 (Detail R). One row, with R = 5:
 
         response       a       b       EOS     [PAD]   [PAD]
@@ -276,8 +272,7 @@ def response_masks(responses: torch.Tensor, pad_token_id: int) -> dict:
 
 @torch.no_grad()
 def forward_all(accelerator: Accelerator, nets: Networks, queries, responses, temperature: float) -> dict:
-    """
-    What all networks say of queries (B, Q) and responses (B, R):
+    """What all networks say of queries (B, Q) and responses (B, R):
     logprobs, ref_logprobs (B, R), INVALID_LOGPROB after the end; values (B, R); rm_scores (B,).
     """
     pad = nets.tokenizer.pad_token_id
@@ -292,8 +287,7 @@ def forward_all(accelerator: Accelerator, nets: Networks, queries, responses, te
 
 
 def join_rows(queries: torch.Tensor, responses: torch.Tensor, pad_token_id: int):
-    """
-    Left-padded queries (B, Q) and right-padded responses (B, R) -> right-padded rows (B, T), and for every response
+    """Left-padded queries (B, Q) and right-padded responses (B, R) -> right-padded rows (B, T), and for every response
     token the position before it (B, R), at which its logits and its value are read.
 
     >>> join_rows(torch.tensor([[9, 9, 5], [6, 7, 8]]), torch.tensor([[3, 4], [3, 9]]), pad_token_id=9)
@@ -318,8 +312,7 @@ def last_token_idx(token_ids: torch.Tensor, pad_token_id: int) -> torch.Tensor:
 
 
 def response_logprobs(policy, token_ids, positions, responses, pad_token_id: int, temperature: float):
-    """
-    For the rows (B, T) and positions (B, R) of `join_rows`: the logprob of each response token at the sampling
+    """For the rows (B, T) and positions (B, R) of `join_rows`: the logprob of each response token at the sampling
     temperature, INVALID_LOGPROB after the end, and the entropy of the distribution, 0 after the end: (B, R) each.
     """
     valid = responses != pad_token_id  # (B, R)
@@ -367,9 +360,8 @@ def compute_advantages(args, batch: dict) -> dict:
 
 
 def place_rewards(kl: torch.Tensor, scores: torch.Tensor, lengths: torch.Tensor, kl_coef: float):
-    """
-    Rewards (B, R): the KL penalty at every token, plus the score at the end. kl (B, R), 0 after the end; scores (B,);
-    lengths (B,), tokens of the response.
+    """Rewards (B, R): the KL penalty at every token, plus the score at the end. kl (B, R), 0 after the end;
+    scores (B,); lengths (B,), tokens of the response.
 
     >>> place_rewards(torch.tensor([[2.0, 2.0, 0.0]]), torch.tensor([10.0]), torch.tensor([2]), kl_coef=0.5)
     tensor([[-1., -1., 10.]])
@@ -377,7 +369,7 @@ def place_rewards(kl: torch.Tensor, scores: torch.Tensor, lengths: torch.Tensor,
     rewards = -kl_coef * kl  # (B, R)
     # Detail R (reward at EOS + 1): the score is added one AFTER EOS if there is room, else at the last token. The value
     # there is the value model's output at EOS. The value model starts as the reward model, whose output at EOS is the
-    # score, so the first error there is 0, unless EOS is missing. Hence EOS + 1 is in the value loss (valid_p1), but
+    # score, so the first error there is 0, if there is room. Hence EOS + 1 is in the value loss (valid_p1), but
     # not in the policy loss.
     end = lengths.clamp(max=rewards.shape[1] - 1)  # (B,)
     rewards[torch.arange(len(rewards), device=rewards.device), end] += scores
@@ -392,8 +384,7 @@ def whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) ->
 
 
 def gae(rewards: torch.Tensor, values: torch.Tensor, gamma: float, lam: float):
-    """
-    Generalized advantage estimation (arXiv 1506.02438): rewards and values (B, R), 0 after the position EOS + 1,
+    """Generalized advantage estimation (arXiv 1506.02438): rewards and values (B, R), 0 after the position EOS + 1,
     to advantages and returns (B, R). values[:, t] is the value model's output at the token BEFORE response token t.
         delta_t = r_t + gamma V_{t+1} - V_t          advantage_t = delta_t + gamma lambda advantage_{t+1}
     """
@@ -410,9 +401,8 @@ def gae(rewards: torch.Tensor, values: torch.Tensor, gamma: float, lam: float):
 
 # ---- The algorithm: PPO update ---------------------------------------------------------------------------------------
 def ppo_update(args, accelerator: Accelerator, model, optimizer, batch: dict, update: int) -> dict:
-    """
-    All epochs and minibatches of PPO on one global batch, which every process holds as a whole. Returns the statistics
-    of the update as floats.
+    """All epochs and minibatches of PPO on one global batch, which every process holds as a whole. Returns the
+    statistics of the update as floats.
     """
     model.train()  # there is no dropout (Detail 7), but gradient checkpointing works in this mode only
     steps = []  # the statistics of each optimizer step
@@ -459,8 +449,7 @@ def draw_minibatches(args, batch: dict, update: int, epoch: int) -> list[np.ndar
 
 
 def ppo_loss(args, batch: dict, logprobs, entropy, values, num_tokens, num_values):
-    """
-    The clipped surrogate loss of PPO (arXiv 1707.06347) and the clipped value loss, for one micro-batch.
+    """The clipped surrogate loss of PPO (arXiv 1707.06347) and the clipped value loss, for one micro-batch.
 
     batch: the rollout of these rows; then the model's outputs now, (B, R) each.
     num_tokens, num_values: valid entries of the whole minibatch.
@@ -499,8 +488,7 @@ def ppo_loss(args, batch: dict, logprobs, entropy, values, num_tokens, num_value
 
 # ---- Networks --------------------------------------------------------------------------------------------------------
 class ScalarModel(nn.Module):
-    """
-    A transformer body with one linear output per token: reward or value model. Right-padded ids (B, T) and
+    """A transformer body with one linear output per token: reward or value model. Right-padded ids (B, T) and
     positions (B, P) -> the outputs at those positions, (B, P).
     """
 
@@ -517,7 +505,7 @@ class ScalarModel(nn.Module):
         hidden = self.body(input_ids=token_ids, use_cache=False).last_hidden_state  # (B, T, d)
         hidden = torch.take_along_dim(hidden, positions[..., None], dim=1)  # (B, P, d)
         with torch.autocast(hidden.device.type, enabled=False):  # in bf16, a score of 3 would be a multiple of 1/64
-            return self.head(hidden.to(self.head.weight.dtype)).squeeze(-1).float()  # (B, P)
+            return F.linear(hidden.float(), self.head.weight.float(), self.head.bias.float()).squeeze(-1)  # (B, P)
 
 
 class PolicyAndValue(nn.Module):
@@ -558,11 +546,6 @@ def move_frozen(args, accelerator: Accelerator, nets: Networks, device):
     if args.offload and accelerator.distributed_type != DistributedType.DEEPSPEED:  # which moves them itself
         nets.ref_policy.to(device)
         nets.reward_model.to(device)
-
-
-def model_folder(path: str) -> str:
-    """`path`, or its subfolder model/ if `path` is the output folder of a run."""
-    return f"{path}/model" if os.path.exists(f"{path}/model/config.json") else path
 
 
 def load_model(model_class, path: str, tokenizer, positions: int, flag: str, new_head: bool = False):
@@ -611,8 +594,7 @@ def load_causal_lm(path: str, tokenizer, positions: int, flag: str):
     """A causal language model in fp32."""
     model, _ = load_model(AutoModelForCausalLM, path, tokenizer, positions, flag)
     # For plain `generate`; what the base model brought (a top_k, say) is dropped.
-    ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    model.generation_config = GenerationConfig(**ids)
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     # The scripts pad on the right and pass no attention mask: a model that looks to the right cannot work.
     token_ids = torch.arange(8)[None] % tokenizer.vocab_size
     keep = torch.arange(8)[None] < 4
@@ -626,18 +608,16 @@ def load_causal_lm(path: str, tokenizer, positions: int, flag: str):
 
 def load_classifier(path: str, tokenizer, positions: int, flag: str, new_head: bool = False):
     """A sequence classifier with one label, in fp32. Its score is the output minus config.normalization_offset."""
-    classifier = AutoModelForSequenceClassification
-    model, unexpected = load_model(classifier, path, tokenizer, positions, flag, new_head)
+    model, unexpected = load_model(AutoModelForSequenceClassification, path, tokenizer, positions, flag, new_head)
     offset = getattr(model.config, "normalization_offset", 0.0)
     if not hasattr(model, "score") or model.num_labels != 1:
         fail(f"{flag} {path}: {model.num_labels} labels, or no head named score; needed is a classifier with one label")
     if not isinstance(offset, float) or not math.isfinite(offset):
         fail(f"{flag} {path}: normalization_offset is {offset!r}, not a finite float")
     if "score.bias" in unexpected:  # other trainers save a bias, which transformers drops without a word
-        biased = nn.Module()
-        biased.score = nn.Linear(model.score.in_features, 1)
+        biased = nn.ModuleDict({"score": nn.Linear(model.score.in_features, 1)})
         load_checkpoint_in_model(biased, path if os.path.isdir(path) else snapshot_download(path), strict=False)
-        offset -= biased.score.bias.item()
+        offset -= biased["score"].bias.item()
     model.config.normalization_offset = offset
     return model
 
@@ -650,9 +630,8 @@ def read_rows(source: str, split: str, columns: list[str], flag: str) -> list[di
         with explain(f"{where}: no such folder, and not on the hub"):
             data = load_from_disk(source)[split] if os.path.isdir(source) else load_dataset(source, split=split)
             return list(data.select_columns([name for name in data.column_names if name in columns]))
-    # `datasets` takes some folder names for patterns, and its cache misses some changes of a file. So files are read
-    # without it.
-    pattern = re.compile(rf"{split}(-\d+-of-0*(\d+).*)?\.(parquet|jsonl|csv)(\.gz)?")
+    # Not by `datasets`, which takes some folder names for patterns and whose cache misses some changes of a file.
+    pattern = re.compile(rf"{split}(-\d+-of-0*(\d+).*)?\.(parquet|(?:jsonl|csv)(?:\.gz)?)")
     files = sorted(file for file in Path(source).rglob("*") if pattern.fullmatch(file.name))
     kinds = {(file.parent, *pattern.fullmatch(file.name).group(2, 3)) for file in files}
     if len(kinds) != 1 or len(files) != int(min(kinds)[1] or 1):
@@ -717,19 +696,14 @@ def make_query(tokenizer, head: str, body: str, tail: str, max_tokens: int) -> t
         body = body[: end if newline < 0 else newline]
 
 
-def is_text(value) -> bool:
-    """Whether a value is a string that can be encoded: JSON may hold one half of a surrogate pair."""
-    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
-
-
 def tokenize_post(args, row: dict, tokenizer) -> dict:
-    """
-    A raw post -> `id`; `query`, `reference` (text); `query_tokens` (ids); `tokens` (ids of query and reference, EOS
+    """A raw post -> `id`; `query`, `reference` (text); `query_tokens` (ids); `tokens` (ids of query and reference, EOS
     last); `problem` (why the row cannot be used, or "").
     """
     post = {"id": "" if row.get("id") is None else str(row["id"]).strip(), "problem": ""}
     for name in ("subreddit", "title", "post", "summary"):
-        if not is_text(row.get(name)):
+        text = row.get(name)
+        if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):  # JSON may hold half a surrogate pair
             return post | {"problem": f"{name} is missing or not a text"}
     if not row["summary"].strip() or not post["id"]:
         return post | {"problem": "the summary or the id is empty"}
@@ -801,8 +775,8 @@ def pad_rows(rows: list, pad_token_id: int, side: str, device) -> torch.Tensor:
 
 def seed_everything(seed: int, process: int, update: int):
     """Seed PyTorch for one update and process."""
-    # Detail S (sampling seeds): every process samples with its own seed. What is sampled depends on seed, process and
-    # update alone, so a resumed run samples what the uninterrupted run would have sampled.
+    # Detail S (sampling seeds): every process samples with its own seed. With the same batch sizes, what is sampled
+    # depends on seed, process and update alone: a resumed run samples what the uninterrupted run would have sampled.
     torch.manual_seed(int(np.random.SeedSequence([seed + 100003 * process, update]).generate_state(1)[0]))
 
 
@@ -968,8 +942,7 @@ def open_run(args, accelerator: Accelerator, batch_size: int) -> dict:
     if accelerator.is_main_process:
         with explain(f"{where} cannot be used, or is in use by another run"):
             os.makedirs(args.output_dir, exist_ok=True)
-            accelerator.lock = FileLock(f"{args.output_dir}/.lock")
-            accelerator.lock.acquire(timeout=0)  # until the process ends
+            accelerator.lock = FileLock(f"{args.output_dir}/.lock").acquire(timeout=0)  # until the process ends
         names = [name for name in os.listdir(args.output_dir) if not re.fullmatch(r"\..*|wandb|.*\.(log|tmp)", name)]
         if names and not (args.resume and "args.json" in names):
             fail(f"{where} is not empty ({min(names)}): name another folder, or continue its run with --resume")
@@ -988,7 +961,7 @@ def open_run(args, accelerator: Accelerator, batch_size: int) -> dict:
         raise SystemExit(0)
     if args.track:
         run = {"entity": args.wandb_entity, "name": f"{args.exp_name}__{args.seed}", "id": record["run_id"]}
-        run |= {"resume": "allow", "dir": args.output_dir, "settings": wandb.Settings(init_timeout=30)}
+        run |= {"resume": "allow", "dir": args.output_dir, "settings": {"init_timeout": 30}}
         with explain("--track: wandb does not start (WANDB_MODE=offline needs no network)"):
             accelerator.init_trackers(args.wandb_project_name, config=vars(args), init_kwargs={"wandb": run})
     return record
@@ -998,8 +971,8 @@ def start_run(args, accelerator: Accelerator, record: dict, batch_size: int, dig
     """Load the newest checkpoint of the run to resume, and write args.json. Returns the number of finished updates."""
     if record.get("digest", digest) != digest:
         fail("--resume: the data or the initial model have changed since the run was started")
-    folders = checkpoints(args)
-    update = int(folders[-1][-8:]) if folders else 0
+    folders = sorted(Path(args.output_dir, "checkpoints").glob("update_????????"))  # the newest last
+    update = int(folders[-1].name[-8:]) if folders else 0
     if folders:
         with explain(f"{folders[-1]} cannot be loaded (same number of processes?); remove it to use the one before"):
             accelerator.load_state(folders[-1])
@@ -1017,7 +990,6 @@ def start_run(args, accelerator: Accelerator, record: dict, batch_size: int, dig
         if len(lines) < update:
             fail(f"{path} has {len(lines)} lines for {update} updates: put back what is missing")
         write_text(str(path), "".join(lines[:update]))  # what follows the checkpoint is computed and logged again
-    accelerator.wait_for_everyone()
     return update
 
 
@@ -1025,22 +997,15 @@ def save_checkpoint(args, accelerator: Accelerator, update: int, num_updates: in
     """After every update: write a checkpoint if one is due, and remove those that are older than the newest --keep."""
     if args.save_every == 0 or (update % args.save_every != 0 and update != num_updates):
         return
-    # Networks and optimizer are all there is to save: the data order, every random number and the learning rate are
-    # functions of seed, process and update.
+    # Networks and optimizer are all: data order, random numbers and learning rate follow from seed, process, update.
     folder = f"{args.output_dir}/checkpoints/update_{update:08d}"
     main = accelerator.is_main_process
     with atomic(folder) if main else explain(f"{folder} cannot be written"):
         accelerator.wait_for_everyone()
         accelerator.save_state(f"{folder}.tmp")
         accelerator.wait_for_everyone()
-    for older in checkpoints(args)[: -args.keep] if main else []:
+    for older in sorted(Path(folder).parent.glob("update_????????"))[: -args.keep] if main else []:
         shutil.rmtree(older)
-    accelerator.wait_for_everyone()
-
-
-def checkpoints(args) -> list[str]:
-    """The folders of the finished checkpoints, the oldest first."""
-    return sorted(str(path) for path in Path(args.output_dir, "checkpoints").glob("update_" + 8 * "[0-9]"))
 
 
 def log_metrics(metrics: dict, args, accelerator: Accelerator):
@@ -1054,16 +1019,6 @@ def log_metrics(metrics: dict, args, accelerator: Accelerator):
             with open(path, "a", encoding="utf-8") as file:  # closed after every line, so that a kill loses none
                 file.write(json.dumps(metrics) + "\n")
     accelerator.log(metrics, step=metrics["episode"])
-
-
-def save_model(model, tokenizer, padding_side: str, output_dir: str):
-    """Write OUTPUT_DIR/model (safetensors, config, tokenizer)."""
-    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = padding_side  # saved only if it is in both
-    with atomic(f"{output_dir}/model") as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        for name in os.listdir(temporary):
-            os.chmod(f"{temporary}/{name}", 0o644)  # safetensors writes files that only their owner can read
 
 
 def main():
@@ -1082,8 +1037,8 @@ def main():
     torch.manual_seed(args.seed)
 
     # 2. Tokenizer and data.
-    sft_path = model_folder(args.sft_model_path)
-    reward_path = model_folder(args.reward_model_path)
+    paths = (args.sft_model_path, args.reward_model_path)  # models, or output folders of runs
+    sft_path, reward_path = [f"{path}/model" if os.path.isdir(f"{path}/model") else path for path in paths]
     tokenizer = load_tokenizer(sft_path, "--sft_model_path")
     reward_tokenizer = load_tokenizer(reward_path, "--reward_model_path")
     if reward_tokenizer.get_vocab() != tokenizer.get_vocab() or reward_tokenizer.eos_token != tokenizer.eos_token:
@@ -1120,7 +1075,12 @@ def main():
     train(args, accelerator, nets, optimizer, posts, batch_size, range(first_update, num_updates))
     summary = {"updates": num_updates, "episodes": num_updates * batch_size, "time/total": time.time() - started}
     if num_updates > 0 and accelerator.is_main_process:
-        save_model(accelerator.unwrap_model(model).policy, tokenizer, "left", args.output_dir)
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # saved only if it is in both
+        with atomic(f"{args.output_dir}/model") as temporary:
+            accelerator.unwrap_model(model).policy.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            for name in os.listdir(temporary):
+                os.chmod(f"{temporary}/{name}", 0o644)  # safetensors writes files that only their owner can read
         last = json.loads(open(f"{args.output_dir}/metrics.jsonl", encoding="utf-8").readlines()[-1])
         summary |= {name: value for name, value in last.items() if name.startswith(("objective/", "val/"))}
     if args.run_eval:

@@ -53,7 +53,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 import transformers
 import tyro
-import wandb
 from accelerate import Accelerator, PartialState, load_checkpoint_in_model
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from datasets import get_dataset_split_names, load_dataset, load_from_disk
@@ -101,7 +100,7 @@ class Args:
     # ---- Normalisation and evaluation ----
     normalization_rows: Optional[int] = None  # the first this many train posts define the score 0; default: all
     run_eval: bool = False  # after training, measure accuracy, calibration and score distributions on --eval_split
-    eval_split: Literal["validation", "test"] = "validation"
+    eval_split: Literal["validation", "test"] = "validation"  # split that --run_eval uses
     max_eval_rows: Optional[int] = None  # evaluate on the first this many pairs, and posts; default: all
     local_eval_batch_size: int = 16  # rows per evaluation batch and process
     # ---- Tracking ----
@@ -110,10 +109,10 @@ class Args:
     wandb_entity: Optional[str] = None  # team or user that owns the tracked run; default: yours
 
 
-# Flags that --resume may change. Those that change the shapes of batches change rounding, and sampling.
+# Flags that --resume may change. Those that change the shapes of batches change rounding, and what is sampled.
 MAY_CHANGE = """exp_name output_dir resume save_every keep local_micro_batch_size gradient_accumulation_steps
-    gradient_checkpointing run_eval eval_split max_eval_rows local_eval_batch_size track
-    wandb_project_name wandb_entity""".split()
+    max_cnndm_query_length max_cnndm_response_length max_cnndm_query_response_length gradient_checkpointing run_eval
+    eval_split max_eval_rows local_eval_batch_size track wandb_project_name wandb_entity""".split()
 CNNDM_BATCHES = ("batch0_cnndm", "cnndm0", "cnndm2")  # the comparisons of news articles among OpenAI's
 MARGIN_EDGES = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, math.inf)  # of the calibration table
 
@@ -162,8 +161,7 @@ def train(args, accelerator: Accelerator, model, optimizer, pad_token_id: int, p
 
 
 def lr_lambda(update: int, num_updates: int, warm_up_steps: int) -> float:
-    """
-    Learning rate of update 0, 1, ... as a share of its peak: linear warm-up, then annealed to 0 along a cosine.
+    """Learning rate of update 0, 1, ... as a share of its peak: linear warm-up, then annealed to 0 along a cosine.
 
     >>> [round(lr_lambda(update, 4, 0), 3) for update in range(4)]
     [1.0, 0.854, 0.5, 0.146]
@@ -201,7 +199,7 @@ class RewardModel(nn.Module):
         last = (is_token * torch.arange(token_ids.shape[1], device=token_ids.device)).argmax(1)  # (B,)
         at_eos = outputs.last_hidden_state[torch.arange(len(last), device=last.device), last]  # (B, d)
         with torch.autocast(at_eos.device.type, enabled=False):  # in bf16, a score of 3 would be a multiple of 1/64
-            return self.classifier.score(at_eos.to(self.classifier.score.weight.dtype)).squeeze(-1).float()  # (B,)
+            return F.linear(at_eos.float(), self.classifier.score.weight.float()).squeeze(-1)  # (B,)
 
 
 def init_head(model):
@@ -241,9 +239,8 @@ def raw_scores(args, accelerator: Accelerator, model, pad_token_id: int, tokens:
 
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
 def accuracy_rows(margins: pd.Series, groups: pd.Series) -> list[dict]:
-    """
-    In each group of pairs: n; accuracy, the share whose chosen summary scores higher (margin > 0), and its 95% Wilson
-    interval, low to high; margin, the mean |margin|; claimed, what the model claims, the mean of sigmoid(|margin|).
+    """In each group of pairs: n; accuracy, the share whose chosen summary scores higher (margin > 0), and its 95%
+    Wilson interval, low to high; margin, the mean |margin|; claimed, what the model claims, mean sigmoid(|margin|).
     """
     rows = []
     for name, part in margins.groupby(groups, observed=True):
@@ -300,11 +297,6 @@ def evaluate(args, accelerator: Accelerator, model: RewardModel, pad_token_id: i
 
 
 # ---- Model -----------------------------------------------------------------------------------------------------------
-def model_folder(path: str) -> str:
-    """`path`, or its subfolder model/ if `path` is the output folder of a run."""
-    return f"{path}/model" if os.path.exists(f"{path}/model/config.json") else path
-
-
 def load_model(model_class, path: str, tokenizer, positions: int, flag: str, new_head: bool = False):
     """A model in fp32, without dropout, with a row for every token id; also the names of unexpected weights."""
     with explain(f"{flag} {path}: cannot be loaded as {model_class.__name__}"):
@@ -349,18 +341,16 @@ def load_model(model_class, path: str, tokenizer, positions: int, flag: str, new
 
 def load_classifier(path: str, tokenizer, positions: int, flag: str, new_head: bool = False):
     """A sequence classifier with one label, in fp32. Its score is the output minus config.normalization_offset."""
-    classifier = AutoModelForSequenceClassification
-    model, unexpected = load_model(classifier, path, tokenizer, positions, flag, new_head)
+    model, unexpected = load_model(AutoModelForSequenceClassification, path, tokenizer, positions, flag, new_head)
     offset = getattr(model.config, "normalization_offset", 0.0)
     if not hasattr(model, "score") or model.num_labels != 1:
         fail(f"{flag} {path}: {model.num_labels} labels, or no head named score; needed is a classifier with one label")
     if not isinstance(offset, float) or not math.isfinite(offset):
         fail(f"{flag} {path}: normalization_offset is {offset!r}, not a finite float")
     if "score.bias" in unexpected:  # other trainers save a bias, which transformers drops without a word
-        biased = nn.Module()
-        biased.score = nn.Linear(model.score.in_features, 1)
+        biased = nn.ModuleDict({"score": nn.Linear(model.score.in_features, 1)})
         load_checkpoint_in_model(biased, path if os.path.isdir(path) else snapshot_download(path), strict=False)
-        offset -= biased.score.bias.item()
+        offset -= biased["score"].bias.item()
     model.config.normalization_offset = offset
     return model
 
@@ -373,9 +363,8 @@ def read_rows(source: str, split: str, columns: list[str], flag: str) -> list[di
         with explain(f"{where}: no such folder, and not on the hub"):
             data = load_from_disk(source)[split] if os.path.isdir(source) else load_dataset(source, split=split)
             return list(data.select_columns([name for name in data.column_names if name in columns]))
-    # `datasets` takes some folder names for patterns, and its cache misses some changes of a file. So files are read
-    # without it.
-    pattern = re.compile(rf"{split}(-\d+-of-0*(\d+).*)?\.(parquet|jsonl|csv)(\.gz)?")
+    # Not by `datasets`, which takes some folder names for patterns and whose cache misses some changes of a file.
+    pattern = re.compile(rf"{split}(-\d+-of-0*(\d+).*)?\.(parquet|(?:jsonl|csv)(?:\.gz)?)")
     files = sorted(file for file in Path(source).rglob("*") if pattern.fullmatch(file.name))
     kinds = {(file.parent, *pattern.fullmatch(file.name).group(2, 3)) for file in files}
     if len(kinds) != 1 or len(files) != int(min(kinds)[1] or 1):
@@ -446,13 +435,13 @@ def is_text(value) -> bool:
 
 
 def tokenize_post(args, row: dict, tokenizer) -> dict:
-    """
-    A raw post -> `id`; `query`, `reference` (text); `query_tokens` (ids); `tokens` (ids of query and reference, EOS
+    """A raw post -> `id`; `query`, `reference` (text); `query_tokens` (ids); `tokens` (ids of query and reference, EOS
     last); `problem` (why the row cannot be used, or "").
     """
     post = {"id": "" if row.get("id") is None else str(row["id"]).strip(), "problem": ""}
     for name in ("subreddit", "title", "post", "summary"):
-        if not is_text(row.get(name)):
+        text = row.get(name)
+        if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):  # JSON may hold half a surrogate pair
             return post | {"problem": f"{name} is missing or not a text"}
     if not row["summary"].strip() or not post["id"]:
         return post | {"problem": "the summary or the id is empty"}
@@ -523,9 +512,8 @@ def pad_rows(rows: list, pad_token_id: int, side: str, device) -> torch.Tensor:
 
 
 def read_comparison(row: dict) -> dict:
-    """
-    A raw comparison -> `query`, its three parts (head, body, tail); `chosen` and `rejected`, texts; `problem`, why it
-    cannot be used, or ""; and what the evaluation groups by: `id`, `batch`, `confidence`, `policies` ("" if unknown).
+    """A raw comparison -> `query`, its three parts (head, body, tail); `chosen` and `rejected`, texts; `problem`, why
+    it cannot be used, or ""; and what the evaluation groups by: `id`, `batch`, `confidence`, `policies` ("": unknown).
     """
     pair = dict.fromkeys(("id", "batch", "confidence", "policies", "problem"), "")
     if "chosen" in row:  # the schema of most preference sets: prompt, chosen, rejected
@@ -542,7 +530,8 @@ def read_comparison(row: dict) -> dict:
         pair["confidence"] = str(extra.get("confidence") or "").removesuffix(".0")
         # Sorted: the pairs A | B and B | A are one group.
         pair["policies"] = " | ".join(sorted(str(summary.get("policy") or "unknown") for summary in summaries))
-        subreddit, title = info.get("subreddit") or "", info.get("title") or ""
+        subreddit = info.get("subreddit") or ""
+        title = info.get("title") or ""
         texts = [info.get("post") or info.get("article")] + [summary.get("text") for summary in summaries]
         if row["choice"] == 1:
             texts = [texts[0], *reversed(texts[1:])]
@@ -562,9 +551,8 @@ def read_comparison(row: dict) -> dict:
 
 
 def tokenize_comparison(row: dict, tokenizer, limits: tuple, news_limits: tuple) -> dict:
-    """
-    A raw comparison -> `chosen` and `rejected`, ids of query and summary, EOS last; `query_length`, in tokens; and the
-    rest of `read_comparison`. limits: of query, summary, and both, in tokens; news_limits: those of CNN/DM.
+    """A raw comparison -> `chosen` and `rejected`, ids of query and summary, EOS last; `query_length`, in tokens; and
+    the rest of `read_comparison`. limits: of query, summary, and both, in tokens; news_limits: those of CNN/DM.
     """
     pair = read_comparison(row)
     if pair["problem"]:
@@ -720,8 +708,7 @@ def open_run(args, accelerator: Accelerator, batch_size: int) -> dict:
     if accelerator.is_main_process:
         with explain(f"{where} cannot be used, or is in use by another run"):
             os.makedirs(args.output_dir, exist_ok=True)
-            accelerator.lock = FileLock(f"{args.output_dir}/.lock")
-            accelerator.lock.acquire(timeout=0)  # until the process ends
+            accelerator.lock = FileLock(f"{args.output_dir}/.lock").acquire(timeout=0)  # until the process ends
         names = [name for name in os.listdir(args.output_dir) if not re.fullmatch(r"\..*|wandb|.*\.(log|tmp)", name)]
         if names and not (args.resume and "args.json" in names):
             fail(f"{where} is not empty ({min(names)}): name another folder, or continue its run with --resume")
@@ -740,7 +727,7 @@ def open_run(args, accelerator: Accelerator, batch_size: int) -> dict:
         raise SystemExit(0)
     if args.track:
         run = {"entity": args.wandb_entity, "name": f"{args.exp_name}__{args.seed}", "id": record["run_id"]}
-        run |= {"resume": "allow", "dir": args.output_dir, "settings": wandb.Settings(init_timeout=30)}
+        run |= {"resume": "allow", "dir": args.output_dir, "settings": {"init_timeout": 30}}
         with explain("--track: wandb does not start (WANDB_MODE=offline needs no network)"):
             accelerator.init_trackers(args.wandb_project_name, config=vars(args), init_kwargs={"wandb": run})
     return record
@@ -750,8 +737,8 @@ def start_run(args, accelerator: Accelerator, record: dict, batch_size: int, dig
     """Load the newest checkpoint of the run to resume, and write args.json. Returns the number of finished updates."""
     if record.get("digest", digest) != digest:
         fail("--resume: the data or the initial model have changed since the run was started")
-    folders = checkpoints(args)
-    update = int(folders[-1][-8:]) if folders else 0
+    folders = sorted(Path(args.output_dir, "checkpoints").glob("update_????????"))  # the newest last
+    update = int(folders[-1].name[-8:]) if folders else 0
     if folders:
         with explain(f"{folders[-1]} cannot be loaded (same number of processes?); remove it to use the one before"):
             accelerator.load_state(folders[-1])
@@ -769,7 +756,6 @@ def start_run(args, accelerator: Accelerator, record: dict, batch_size: int, dig
         if len(lines) < update:
             fail(f"{path} has {len(lines)} lines for {update} updates: put back what is missing")
         write_text(str(path), "".join(lines[:update]))  # what follows the checkpoint is computed and logged again
-    accelerator.wait_for_everyone()
     return update
 
 
@@ -777,22 +763,15 @@ def save_checkpoint(args, accelerator: Accelerator, update: int, num_updates: in
     """After every update: write a checkpoint if one is due, and remove those that are older than the newest --keep."""
     if args.save_every == 0 or (update % args.save_every != 0 and update != num_updates):
         return
-    # Networks and optimizer are all there is to save: the data order, every random number and the learning rate are
-    # functions of seed, process and update.
+    # Networks and optimizer are all: data order, random numbers and learning rate follow from seed, process, update.
     folder = f"{args.output_dir}/checkpoints/update_{update:08d}"
     main = accelerator.is_main_process
     with atomic(folder) if main else explain(f"{folder} cannot be written"):
         accelerator.wait_for_everyone()
         accelerator.save_state(f"{folder}.tmp")
         accelerator.wait_for_everyone()
-    for older in checkpoints(args)[: -args.keep] if main else []:
+    for older in sorted(Path(folder).parent.glob("update_????????"))[: -args.keep] if main else []:
         shutil.rmtree(older)
-    accelerator.wait_for_everyone()
-
-
-def checkpoints(args) -> list[str]:
-    """The folders of the finished checkpoints, the oldest first."""
-    return sorted(str(path) for path in Path(args.output_dir, "checkpoints").glob("update_" + 8 * "[0-9]"))
 
 
 def log_metrics(metrics: dict, args, accelerator: Accelerator):
@@ -808,16 +787,6 @@ def log_metrics(metrics: dict, args, accelerator: Accelerator):
     accelerator.log(metrics, step=metrics["episode"])
 
 
-def save_model(model, tokenizer, padding_side: str, output_dir: str):
-    """Write OUTPUT_DIR/model (safetensors, config, tokenizer)."""
-    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = padding_side  # saved only if it is in both
-    with atomic(f"{output_dir}/model") as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        for name in os.listdir(temporary):
-            os.chmod(f"{temporary}/{name}", 0o644)  # safetensors writes files that only their owner can read
-
-
 def main():
     # 1. Flags, tokenizer and data. Batch = micro-batch x accumulation x processes.
     args = tyro.cli(Args, use_underscores=True, description=__doc__)
@@ -827,7 +796,9 @@ def main():
     record = open_run(args, accelerator, batch_size)
     torch.manual_seed(args.seed)
     flag = "--reward_model_path" if args.reward_model_path else "--sft_model_path"
-    path = model_folder(args.reward_model_path or args.sft_model_path)
+    path = args.reward_model_path or args.sft_model_path
+    if os.path.isdir(f"{path}/model"):  # the output folder of a run
+        path = f"{path}/model"
     tokenizer = load_tokenizer(path, flag)
     limits = (args.max_query_length, args.max_response_length, args.max_query_response_length)
     pairs = load_comparisons(args, "train", tokenizer, limits, limits, accelerator)
@@ -868,7 +839,12 @@ def main():
     summary["normalization_offset"] = config.normalization_offset
     summary["normalization_rows"] = getattr(config, "normalization_rows", None)
     if num_updates > 0 and accelerator.is_main_process:
-        save_model(model.classifier, tokenizer, "right", args.output_dir)
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "right"  # saved only if it is in both
+        with atomic(f"{args.output_dir}/model") as temporary:
+            model.classifier.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            for name in os.listdir(temporary):
+                os.chmod(f"{temporary}/{name}", 0o644)  # safetensors writes files that only their owner can read
     if args.run_eval:
         started = time.time()
         results = evaluate(args, accelerator, model, tokenizer.pad_token_id, *evaluation)

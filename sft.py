@@ -51,7 +51,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 import tyro
-import wandb
 from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from datasets import load_dataset, load_from_disk
@@ -103,10 +102,10 @@ class Args:
     wandb_entity: Optional[str] = None  # team or user that owns the tracked run; default: yours
 
 
-# Flags that --resume may change. Those that change the shapes of batches change rounding, and sampling.
+# Flags that --resume may change. Those that change the shapes of batches change rounding, and what is sampled.
 MAY_CHANGE = """exp_name output_dir resume save_every keep local_micro_batch_size gradient_accumulation_steps
-    gradient_checkpointing run_eval eval_split max_eval_rows local_eval_batch_size track
-    wandb_project_name wandb_entity""".split()
+    gradient_checkpointing run_eval eval_split max_eval_rows local_eval_batch_size response_length eval_temperature
+    track wandb_project_name wandb_entity""".split()
 
 
 # ---- The algorithm ---------------------------------------------------------------------------------------------------
@@ -150,8 +149,7 @@ def train(args, accelerator: Accelerator, model, optimizer, pad_token_id: int, p
 
 
 def lr_lambda(update: int, num_updates: int, warm_up_steps: int) -> float:
-    """
-    Learning rate of update 0, 1, ... as a share of its peak: linear warm-up, then annealed to 0 along a cosine.
+    """Learning rate of update 0, 1, ... as a share of its peak: linear warm-up, then annealed to 0 along a cosine.
 
     >>> [round(lr_lambda(update, 4, 0), 3) for update in range(4)]
     [1.0, 0.854, 0.5, 0.146]
@@ -266,11 +264,6 @@ def evaluate(args, accelerator: Accelerator, model, tokenizer, posts: list[dict]
 
 
 # ---- Model -----------------------------------------------------------------------------------------------------------
-def model_folder(path: str) -> str:
-    """`path`, or its subfolder model/ if `path` is the output folder of a run."""
-    return f"{path}/model" if os.path.exists(f"{path}/model/config.json") else path
-
-
 def load_model(model_class, path: str, tokenizer, positions: int, flag: str, new_head: bool = False):
     """A model in fp32, without dropout, with a row for every token id; also the names of unexpected weights."""
     with explain(f"{flag} {path}: cannot be loaded as {model_class.__name__}"):
@@ -317,8 +310,7 @@ def load_causal_lm(path: str, tokenizer, positions: int, flag: str):
     """A causal language model in fp32."""
     model, _ = load_model(AutoModelForCausalLM, path, tokenizer, positions, flag)
     # For plain `generate`; what the base model brought (a top_k, say) is dropped.
-    ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    model.generation_config = GenerationConfig(**ids)
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     # The scripts pad on the right and pass no attention mask: a model that looks to the right cannot work.
     token_ids = torch.arange(8)[None] % tokenizer.vocab_size
     keep = torch.arange(8)[None] < 4
@@ -338,9 +330,8 @@ def read_rows(source: str, split: str, columns: list[str], flag: str) -> list[di
         with explain(f"{where}: no such folder, and not on the hub"):
             data = load_from_disk(source)[split] if os.path.isdir(source) else load_dataset(source, split=split)
             return list(data.select_columns([name for name in data.column_names if name in columns]))
-    # `datasets` takes some folder names for patterns, and its cache misses some changes of a file. So files are read
-    # without it.
-    pattern = re.compile(rf"{split}(-\d+-of-0*(\d+).*)?\.(parquet|jsonl|csv)(\.gz)?")
+    # Not by `datasets`, which takes some folder names for patterns and whose cache misses some changes of a file.
+    pattern = re.compile(rf"{split}(-\d+-of-0*(\d+).*)?\.(parquet|(?:jsonl|csv)(?:\.gz)?)")
     files = sorted(file for file in Path(source).rglob("*") if pattern.fullmatch(file.name))
     kinds = {(file.parent, *pattern.fullmatch(file.name).group(2, 3)) for file in files}
     if len(kinds) != 1 or len(files) != int(min(kinds)[1] or 1):
@@ -405,19 +396,14 @@ def make_query(tokenizer, head: str, body: str, tail: str, max_tokens: int) -> t
         body = body[: end if newline < 0 else newline]
 
 
-def is_text(value) -> bool:
-    """Whether a value is a string that can be encoded: JSON may hold one half of a surrogate pair."""
-    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
-
-
 def tokenize_post(args, row: dict, tokenizer) -> dict:
-    """
-    A raw post -> `id`; `query`, `reference` (text); `query_tokens` (ids); `tokens` (ids of query and reference, EOS
+    """A raw post -> `id`; `query`, `reference` (text); `query_tokens` (ids); `tokens` (ids of query and reference, EOS
     last); `problem` (why the row cannot be used, or "").
     """
     post = {"id": "" if row.get("id") is None else str(row["id"]).strip(), "problem": ""}
     for name in ("subreddit", "title", "post", "summary"):
-        if not is_text(row.get(name)):
+        text = row.get(name)
+        if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):  # JSON may hold half a surrogate pair
             return post | {"problem": f"{name} is missing or not a text"}
     if not row["summary"].strip() or not post["id"]:
         return post | {"problem": "the summary or the id is empty"}
@@ -489,8 +475,8 @@ def pad_rows(rows: list, pad_token_id: int, side: str, device) -> torch.Tensor:
 
 def seed_everything(seed: int, process: int, update: int):
     """Seed PyTorch for one update and process."""
-    # Detail S (sampling seeds): every process samples with its own seed. What is sampled depends on seed, process and
-    # update alone, so a resumed run samples what the uninterrupted run would have sampled.
+    # Detail S (sampling seeds): every process samples with its own seed. With the same batch sizes, what is sampled
+    # depends on seed, process and update alone: a resumed run samples what the uninterrupted run would have sampled.
     torch.manual_seed(int(np.random.SeedSequence([seed + 100003 * process, update]).generate_state(1)[0]))
 
 
@@ -590,8 +576,7 @@ def open_run(args, accelerator: Accelerator, batch_size: int) -> dict:
     if accelerator.is_main_process:
         with explain(f"{where} cannot be used, or is in use by another run"):
             os.makedirs(args.output_dir, exist_ok=True)
-            accelerator.lock = FileLock(f"{args.output_dir}/.lock")
-            accelerator.lock.acquire(timeout=0)  # until the process ends
+            accelerator.lock = FileLock(f"{args.output_dir}/.lock").acquire(timeout=0)  # until the process ends
         names = [name for name in os.listdir(args.output_dir) if not re.fullmatch(r"\..*|wandb|.*\.(log|tmp)", name)]
         if names and not (args.resume and "args.json" in names):
             fail(f"{where} is not empty ({min(names)}): name another folder, or continue its run with --resume")
@@ -610,7 +595,7 @@ def open_run(args, accelerator: Accelerator, batch_size: int) -> dict:
         raise SystemExit(0)
     if args.track:
         run = {"entity": args.wandb_entity, "name": f"{args.exp_name}__{args.seed}", "id": record["run_id"]}
-        run |= {"resume": "allow", "dir": args.output_dir, "settings": wandb.Settings(init_timeout=30)}
+        run |= {"resume": "allow", "dir": args.output_dir, "settings": {"init_timeout": 30}}
         with explain("--track: wandb does not start (WANDB_MODE=offline needs no network)"):
             accelerator.init_trackers(args.wandb_project_name, config=vars(args), init_kwargs={"wandb": run})
     return record
@@ -620,8 +605,8 @@ def start_run(args, accelerator: Accelerator, record: dict, batch_size: int, dig
     """Load the newest checkpoint of the run to resume, and write args.json. Returns the number of finished updates."""
     if record.get("digest", digest) != digest:
         fail("--resume: the data or the initial model have changed since the run was started")
-    folders = checkpoints(args)
-    update = int(folders[-1][-8:]) if folders else 0
+    folders = sorted(Path(args.output_dir, "checkpoints").glob("update_????????"))  # the newest last
+    update = int(folders[-1].name[-8:]) if folders else 0
     if folders:
         with explain(f"{folders[-1]} cannot be loaded (same number of processes?); remove it to use the one before"):
             accelerator.load_state(folders[-1])
@@ -639,7 +624,6 @@ def start_run(args, accelerator: Accelerator, record: dict, batch_size: int, dig
         if len(lines) < update:
             fail(f"{path} has {len(lines)} lines for {update} updates: put back what is missing")
         write_text(str(path), "".join(lines[:update]))  # what follows the checkpoint is computed and logged again
-    accelerator.wait_for_everyone()
     return update
 
 
@@ -647,22 +631,15 @@ def save_checkpoint(args, accelerator: Accelerator, update: int, num_updates: in
     """After every update: write a checkpoint if one is due, and remove those that are older than the newest --keep."""
     if args.save_every == 0 or (update % args.save_every != 0 and update != num_updates):
         return
-    # Networks and optimizer are all there is to save: the data order, every random number and the learning rate are
-    # functions of seed, process and update.
+    # Networks and optimizer are all: data order, random numbers and learning rate follow from seed, process, update.
     folder = f"{args.output_dir}/checkpoints/update_{update:08d}"
     main = accelerator.is_main_process
     with atomic(folder) if main else explain(f"{folder} cannot be written"):
         accelerator.wait_for_everyone()
         accelerator.save_state(f"{folder}.tmp")
         accelerator.wait_for_everyone()
-    for older in checkpoints(args)[: -args.keep] if main else []:
+    for older in sorted(Path(folder).parent.glob("update_????????"))[: -args.keep] if main else []:
         shutil.rmtree(older)
-    accelerator.wait_for_everyone()
-
-
-def checkpoints(args) -> list[str]:
-    """The folders of the finished checkpoints, the oldest first."""
-    return sorted(str(path) for path in Path(args.output_dir, "checkpoints").glob("update_" + 8 * "[0-9]"))
 
 
 def log_metrics(metrics: dict, args, accelerator: Accelerator):
@@ -678,16 +655,6 @@ def log_metrics(metrics: dict, args, accelerator: Accelerator):
     accelerator.log(metrics, step=metrics["episode"])
 
 
-def save_model(model, tokenizer, padding_side: str, output_dir: str):
-    """Write OUTPUT_DIR/model (safetensors, config, tokenizer)."""
-    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = padding_side  # saved only if it is in both
-    with atomic(f"{output_dir}/model") as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        for name in os.listdir(temporary):
-            os.chmod(f"{temporary}/{name}", 0o644)  # safetensors writes files that only their owner can read
-
-
 def main():
     # 1. Flags, tokenizer and data. Batch = micro-batch x accumulation x processes.
     args = tyro.cli(Args, use_underscores=True, description=__doc__)
@@ -696,7 +663,9 @@ def main():
     batch_size = args.local_micro_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     record = open_run(args, accelerator, batch_size)
     torch.manual_seed(args.seed)
-    path = model_folder(args.base_model)
+    path = args.base_model
+    if os.path.isdir(f"{path}/model"):  # the output folder of a run
+        path = f"{path}/model"
     tokenizer = load_tokenizer(path, "--base_model")
     posts = load_posts(args, "train", tokenizer, accelerator)
     eval_posts = load_posts(args, args.eval_split, tokenizer, accelerator) if args.run_eval else []
@@ -726,7 +695,12 @@ def main():
     train(args, accelerator, model, optimizer, tokenizer.pad_token_id, posts, batch_size, updates)
     summary = {"updates": num_updates, "episodes": num_updates * batch_size, "time/total": time.time() - started}
     if num_updates > 0 and accelerator.is_main_process:
-        save_model(accelerator.unwrap_model(model), tokenizer, "left", args.output_dir)
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # saved only if it is in both
+        with atomic(f"{args.output_dir}/model") as temporary:
+            accelerator.unwrap_model(model).save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            for name in os.listdir(temporary):
+                os.chmod(f"{temporary}/{name}", 0o644)  # safetensors writes files that only their owner can read
     if args.run_eval:
         started = time.time()
         results = evaluate(args, accelerator, model, tokenizer, eval_posts)

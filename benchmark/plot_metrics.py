@@ -74,8 +74,7 @@ def calibration(run: Path) -> list[dict]:
 
 
 def draw(tables: dict[str, list[pd.DataFrame]], reports: dict[str, list[dict]]) -> Figure:
-    """
-    One panel per metric, one line per name: the only run of that name, or the mean of several; and one panel for the
+    """One panel per metric, one line per name: the only run of that name, or the mean of several; and one panel for the
     calibration tables by run.
     """
     panels = [name for name in PANELS if any(name in table for runs in tables.values() for table in runs)]

@@ -134,10 +134,9 @@ def make_tokenizer(vocab_size=400, bos=False, pad=None):
 
 
 def make_model_folder(path, config=None, seed=0, dtype=torch.float32, tokenizer=None, **more):
-    """
-    A folder as one has it from the hub: config, safetensors, tokenizer. Without a config it is like Pythia: GPT-NeoX,
-    with more rows in the embedding than the tokenizer has ids. Large initial weights make its distributions far from
-    uniform, as in real models.
+    """A folder as one has it from the hub: config, safetensors, tokenizer. Without a config it is like Pythia:
+    GPT-NeoX, with more rows in the embedding than the tokenizer has ids. Large initial weights make its distributions
+    far from uniform, as in real models.
     """
     tokenizer = tokenizer or make_tokenizer()
     sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)

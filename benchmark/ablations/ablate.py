@@ -131,8 +131,7 @@ class Variant:
 
 
 def parse_header(text: str) -> dict:
-    """
-    The fields before the first --- line of a diff; a line that begins with spaces continues the field before it.
+    """The fields before the first --- line of a diff; a line that begins with spaces continues the field before it.
 
     >>> parse_header("title: No KL\\nexpected: a large\\n  KL\\n\\n--- a/ppo.py\\n+++ b/ppo.py\\n")
     {'title': 'No KL', 'expected': 'a large KL'}
@@ -268,9 +267,8 @@ class Harness:
         return launch(self.root / variant.name / "scripts" / f"{stage}.py", words, config, variant.processes)
 
     def run(self, variant: Variant, seed: int, whole: bool):
-        """
-        The stages of one variant and seed, one after the other, and its line in the file of all runs. Of a baseline that
-        is not `whole`, only the models that others stand on.
+        """The stages of one variant and seed, one after the other, and its line in the file of all runs. Of a baseline
+        that is not `whole`, only the models that others stand on.
         """
         costs, error = [], ""
         for stage in variant.stages if whole else variant.stages[:-1]:
@@ -302,9 +300,8 @@ class Harness:
         print(f"{variant.name}, seed {seed}: {about['seconds']} s, {result}", flush=True)
 
     def run_all(self, variants: list[Variant]) -> list[tuple[str, int]]:
-        """
-        All runs that are not recorded, and what they stand on: baselines first; runs of one process side by side, those
-        of several alone. Returns the runs that did not end.
+        """All runs that are not recorded, and what they stand on: baselines first; runs of one process side by side,
+        those of several alone. Returns the runs that did not end.
         """
         missing = [(variant, seed) for variant in variants for seed in self.seeds if not self.recorded(variant, seed)]
         whole = {(variant.name, seed) for variant, seed in missing}
@@ -351,8 +348,7 @@ FIGURES = ("gold", "win_rate", "kl", "ratio_first_dev", "length", "eos_share", "
 
 
 def holm(p_values: list[float]) -> list[float]:
-    """
-    P-values corrected for their number by Holm's method (Scandinavian Journal of Statistics 6, 1979).
+    """P-values corrected for their number by Holm's method (Scandinavian Journal of Statistics 6, 1979).
 
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
@@ -371,8 +367,7 @@ def paired(ablated: dict, baseline: dict, name: str) -> dict:
 
 
 def difference(ablated: dict, baseline: dict) -> dict:
-    """
-    Runs of both sides by seed -> per figure, mean of the paired differences with its 95% t-interval; `p` of the gold
+    """Runs of both sides by seed -> per figure, mean of the paired differences with its 95% t-interval; `p` of the gold
     score; `gain`, what PPO gains over SFT in the baseline; `errors`.
     """
     seeds = sorted(set(ablated) & set(baseline))

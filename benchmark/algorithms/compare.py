@@ -221,9 +221,8 @@ PAIRS += [(name, name.removeprefix("trl_")) for name in TRL]
 
 
 def table(runs: list[dict], chosen: dict) -> str:
-    """
-    One row per algorithm on the test posts: means, and differences from PPO with the same seed and 95% interval. Then
-    the differences of PAIRS.
+    """One row per algorithm on the test posts: means, and differences from PPO with the same seed and 95% interval.
+    Then the differences of PAIRS.
     """
     test = defaultdict(dict)
     errors = Counter()

@@ -22,8 +22,7 @@ class RequestError(Exception):
 
 
 def read_prompt(content: str) -> tuple[str, str, str]:
-    """
-    Post, summary A and summary B of a judge prompt, each stripped: the text between its headings.
+    """Post, summary A and summary B of a judge prompt, each stripped: the text between its headings.
 
     >>> read_prompt("Which?\\n### Post:\\nhi\\n### Summary A:\\na\\n### Summary B:\\nb\\n### Instructions:\\nJudge.")
     ('hi', 'a', 'b')

@@ -71,9 +71,8 @@ def by_post(values: pd.Series, posts: list) -> dict:
 
 
 def pair_accuracy(folder: Path, split: str) -> dict:
-    """
-    Of a reward model: the share of held-out pairs in which it scores the chosen summary higher (ties count half); the
-    share in which the chosen summary has more characters; and the difference of the two.
+    """Of a reward model: the share of held-out pairs in which it scores the chosen summary higher (ties count half);
+    the share in which the chosen summary has more characters; and the difference of the two.
     """
     table = pd.read_csv(folder / f"pairs_{split}.csv", keep_default_na=False, dtype={"id": str})
     rows = iter(pd.read_parquet(folder.parent / "pairs" / folder.name / f"{split}.parquet").to_dict("records"))

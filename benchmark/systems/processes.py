@@ -23,8 +23,7 @@ PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 @contextmanager
 def started(command, number=signal.SIGKILL, **options):
-    """
-    A process that does not outlive the block, nor this process.
+    """A process that does not outlive the block, nor this process.
 
     When this process is gone, by SIGKILL too, the kernel sends `number`. A launcher needs SIGTERM, which it
     passes on to its workers; after SIGKILL they would go on.
@@ -141,8 +140,7 @@ def processor_seconds(process):
 
 
 def measure(command, metrics, log, **options):
-    """
-    Run a command that adds a line to the file `metrics` at every update.
+    """Run a command that adds a line to the file `metrics` at every update.
 
     Returns the peak resident memory of its largest process in GiB and, per update from the second on, its wall
     seconds, processor seconds, and the cores that other processes kept busy meanwhile.

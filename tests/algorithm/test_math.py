@@ -78,8 +78,7 @@ def standardized(rows, shift_mean):
 
 
 def slow_advantages(batch, lengths, args, width):
-    """
-    Details K, R, 24, 25 and GAE, row by row in Python floats: rewards, advantages, returns.
+    """Details K, R, 24, 25 and GAE, row by row in Python floats: rewards, advantages, returns.
     A_t = sum over l of (gamma lambda)^l delta_{t+l}: the double sum, not the recursion.
     """
     rewards = []

@@ -362,12 +362,16 @@ def test_bias_and_offset_of_a_reward_model_are_kept(small, tmp_path):
         assert_close(reward.RewardModel(classifier)(rows)[:, None] - classifier.config.normalization_offset, expected)
 
 
-def test_scores_are_not_rounded_to_bf16(small):
-    """Under autocast the body computes in bf16, the head in fp32: near scores stay different."""
+@pytest.mark.parametrize("cast", [False, True])
+def test_scores_are_not_rounded_to_bf16(cast, small):
+    """Under autocast, and with bf16 parameters, as under DeepSpeed: the head computes in fp32, near scores differ."""
     nets = load_networks(small.lm, small.rm)
     rows = torch.arange(640).view(64, 10) % 300
     model = reward.RewardModel(reward.load_classifier(small.rm, reward.load_tokenizer(small.rm, ""), 10, ""))
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+    if cast:
+        nets.reward_model.bfloat16()
+        model.bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=not cast):
         for scores in (nets.reward_model(rows, torch.full((64, 1), 9)), model(rows)):
             assert scores.dtype == torch.float32
             assert (scores != scores.bfloat16().float()).float().mean() > 0.9

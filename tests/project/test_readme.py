@@ -125,9 +125,8 @@ def test_every_metric_is_explained():
 
 
 def test_figures_in_tables_are_those_of_the_results():
-    """
-    A row that names files of results/, or all rows of a table of which the paragraph before or after does: each figure
-    with a decimal point is in these files, rounded, as it is, in percent, or in thousandths.
+    """A row that names files of results/, or all rows of a table of which the paragraph before or after does: each
+    figure with a decimal point is in these files, rounded, as it is, in percent, or in thousandths.
     """
     checked = 0
     named = r"((?!README)[\w-]+\.(?:jsonl?|md))\b"

@@ -80,8 +80,7 @@ def in_fork(name, flags, env, inside, files):
 
 
 class Run:
-    """
-    A script that runs in one fork, or in two that make up an engine.
+    """A script that runs in one fork, or in two that make up an engine.
 
     `inside` is called in each before main(), to put something in its way. After `wait`: `codes`, `outs` and `errs` of
     all, `code` (the common one, or all), `out` and `err` (those of rank 0).
@@ -109,9 +108,8 @@ class Run:
         Run.running.append(self)
 
     def wait(self, timeout=200):
-        """
-        Wait for the end of all. As with a launcher, one that fails ends the others, after ten seconds here. What still
-        runs after `timeout` seconds says where, and is killed.
+        """Wait for the end of all. As with a launcher, one that fails ends the others, after ten seconds here. What
+        still runs after `timeout` seconds says where, and is killed.
         """
         deadline = time.time() + timeout
         while any(process.is_alive() for process in self.processes) and time.time() < deadline:
