@@ -10,7 +10,6 @@ A diff is applied to a copy of sft.py, reward.py and ppo.py, and the copy is run
 unchanged scripts. Only the stages from the first changed script on are run again; those before are the baseline's. A
 flag whose default a diff changes is left out of the command, so that the diff decides. A diff begins with its header:
     title, detail, changes, expected, note    for the reader; `detail` refers to the table of details in the README
-    stages                                    the stages that are run again
     processes: 4                              compared with a baseline whose reward model and PPO ran in four
     flags: STAGE --NAME VALUE ...             flags of that stage, for the diff and for a baseline with the same flags
 
@@ -49,6 +48,7 @@ from pathlib import Path
 from typing import Literal, Optional
 
 import numpy as np
+import pandas as pd
 import torch
 import tyro
 from scipy import stats
@@ -56,7 +56,7 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmark.systems.processes import ROOT, Jobs, describe_machine, flag_words, launch  # noqa: E402
 from benchmark.systems.processes import save_figure, write_atomically  # noqa: E402
-from benchmark.tiny_world.gold import load_samples, mean_interval, scores  # noqa: E402
+from benchmark.tiny_world.gold import mean_interval, scores  # noqa: E402
 from benchmark.tiny_world.tiny_env import WORLD_VERSION, fail, load_facts  # noqa: E402
 from eval_judge import load_length, log_length_ratio  # noqa: E402
 
@@ -321,7 +321,7 @@ class Harness:
     def read_samples(self, folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Per sample of a run: its gold score; 1, 0.5 or 0 for a win, a tie or a loss; its log length ratio."""
         facts = load_facts(str(self.world))
-        rows = load_samples(str(folder / f"samples_{self.split}.csv"), facts)
+        rows = pd.read_csv(folder / f"samples_{self.split}.csv", keep_default_na=False)
         gold, _, won = scores(rows, facts)
         lengths = [np.array([self.length(text) for text in texts]) for texts in (rows.response, rows.reference)]
         return gold, won, log_length_ratio(*lengths)

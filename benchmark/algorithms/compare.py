@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import Optional
 
 import numpy as np
+import pandas as pd
 import torch
 import tyro
 from scipy.special import expit
@@ -47,8 +48,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import ppo  # noqa: E402
 from benchmark.ablations.ablate import FLAGS, Harness, Variant, cell, fail, paired, report_missing  # noqa: E402
 from benchmark.systems.processes import ROOT, flag_words, launch, save_figure, write_atomically  # noqa: E402
-from benchmark.tiny_world.gold import load_samples  # noqa: E402
-from benchmark.tiny_world.tiny_env import load_facts  # noqa: E402
 from eval_judge import fit_logistic  # noqa: E402
 
 TEMPERATURE = 0.7
@@ -178,7 +177,7 @@ class Comparison(Harness):
     def score_again(self, variant: Variant, seed: int, samples: Path) -> dict:
         """KL, score and length of DPO's and TRL's samples, as ppo.py's evaluation has them. All count as ended."""
         sft, reward, policy = [self.folder(variant, seed, stage) / "model" for stage in ("sft", "reward", "ppo")]
-        rows = load_samples(str(samples / f"samples_{self.split}.csv"), load_facts(str(self.world)))
+        rows = pd.read_csv(samples / f"samples_{self.split}.csv", keep_default_na=False)
         tokenizer = ppo.load_tokenizer(str(sft), "--base_model")
         policies = [ppo.load_causal_lm(str(path), tokenizer, 600, "policy") for path in (policy, sft)]
         reward_model = ppo.ScalarModel(ppo.load_classifier(str(reward), tokenizer, 600, "reward model"))

@@ -11,6 +11,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from benchmark.systems.processes import started
+from benchmark.tiny_world.tiny_env import fail
 
 HEADINGS = ("### Post:", "### Summary A:", "### Summary B:", "### Instructions:")
 LARGEST = 10_000_000  # bytes of a request
@@ -96,13 +97,6 @@ def make_handler(name: str, reply):
             self.close_connection = True
             raise RequestError(400, "invalid_request", message)
 
-        def do_GET(self):
-            if self.path.rstrip("/") == "/v1/models":
-                model = {"id": name, "object": "model", "created": 0, "owned_by": "local"}
-                self.answer(200, {"object": "list", "data": [model]})
-            else:
-                self.answer_error(RequestError(404, "not_found", f"no such path: {self.path}"))
-
         def do_POST(self):
             try:
                 body = self.read_body()
@@ -119,9 +113,9 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True  # an open connection does not keep the server from ending
     request_queue_size = 128  # the default of 5 resets connections when many clients arrive at once
 
-    def __init__(self, host: str, port: int, name: str, reply):
-        super().__init__((host, port), make_handler(name, reply))
-        self.url = f"http://{host}:{self.server_port}/v1"
+    def __init__(self, port: int, name: str, reply):
+        super().__init__(("127.0.0.1", port), make_handler(name, reply))  # there is no key: only for this machine
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
     def handle_error(self, request, client_address):
         """A client that has closed its connection is no error of the server."""
@@ -137,8 +131,13 @@ def take_command() -> list[str]:
     return command
 
 
-def serve(server: Server, command: list[str]):
+def serve(port: int, name: str, reply, command: list[str]):
     """Serve until Ctrl-C, or while a command runs, in which URL stands for the address; end with its exit code."""
+    try:
+        server = Server(port, name, reply)
+    except (OSError, OverflowError) as error:
+        fail(f"--port {port}: cannot be listened on ({error})")
+    print(f"ready: {name} judges at {server.url}", flush=True)
     if command:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         with started([server.url if word == "URL" else word for word in command], signal.SIGTERM) as process:

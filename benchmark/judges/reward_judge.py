@@ -21,30 +21,21 @@ import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
 
 import torch
 import tyro
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from benchmark.judges.chat_server import RequestError, Server, read_prompt, serve, take_command  # noqa: E402
+from benchmark.judges.chat_server import RequestError, read_prompt, serve, take_command  # noqa: E402
+from benchmark.tiny_world.tiny_env import fail  # noqa: E402
 
 
 @dataclass
 class Args:
-    reward_model_path: str  # folder of the reward model: a sequence classifier with one label, and its tokenizer
-    model_name: Optional[str] = None
-    """name under which it is served, to be given as --judge_model (default: the folder's name)"""
-    host: str = "127.0.0.1"
-    """address to listen on; the default is reachable from this machine only, and there is no key"""
+    reward_model_path: str
+    """folder of the reward model, a sequence classifier with one label, and its tokenizer; it is served by its name"""
     port: int = 8000  # port to listen on; 0 takes a free one, which the line printed at the start names
-
-
-def fail(message: str):
-    """Bad input: one line, exit code 2."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
 
 
 class RewardJudge:
@@ -101,13 +92,7 @@ def main():
     command = take_command()
     args = tyro.cli(Args, use_underscores=True, description=__doc__)
     judge = RewardJudge(args.reward_model_path)
-    name = args.model_name or os.path.basename(os.path.abspath(args.reward_model_path))
-    try:
-        server = Server(args.host, args.port, name, judge.reply)
-    except (OSError, OverflowError) as error:
-        fail(f"--host {args.host} --port {args.port}: cannot be listened on ({error})")
-    print(f"reward judge {name} serves {server.url}", flush=True)
-    serve(server, command)
+    serve(args.port, os.path.basename(os.path.abspath(args.reward_model_path)), judge.reply, command)
 
 
 if __name__ == "__main__":

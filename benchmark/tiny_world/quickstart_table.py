@@ -15,11 +15,12 @@ from datetime import date
 from pathlib import Path
 from typing import Optional
 
+import pandas as pd
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmark.systems.processes import describe_machine, write_atomically  # noqa: E402
-from benchmark.tiny_world.gold import load_samples, measure  # noqa: E402
+from benchmark.tiny_world.gold import measure  # noqa: E402
 from benchmark.tiny_world.tiny_env import load_facts  # noqa: E402
 
 
@@ -64,7 +65,7 @@ def collect(folder: Path, split: str, facts_of: dict) -> dict:
     record = {"seed": read_json(folder / "ppo" / "args.json")["args"]["seed"], "split": split}
     judged = read_json(folder / "judge" / "summary.json")["samples"]
     for path, found in judged.items():
-        stage, gold = Path(path).parent.name, measure(load_samples(path, facts_of), facts_of)
+        stage, gold = Path(path).parent.name, measure(pd.read_csv(path, keep_default_na=False), facts_of)
         record |= {f"{stage}/length": found["mean_response_tokens"], f"{stage}/gold": gold["gold"]}
         for name in ("win_rate", "win_rate_ci95", "length_controlled_win_rate"):
             record[f"{stage}/{name}"] = found[name]

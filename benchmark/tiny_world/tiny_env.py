@@ -9,13 +9,13 @@ tokenizer of this very text.
 A post states six facts: who did what, where, over how much money, how the author feels and what they ask. A good
 summary states the facts of its post, and no others, briefly: `gold_score` defines that in numbers. As in the real
 data, most reference summaries are vague, some carry an error, and the labels of comparisons are noisy: a worker
-prefers the left summary with probability sigmoid(label_beta * (gold left - gold right)). So supervised fine-tuning,
+prefers the left summary with probability sigmoid(0.5 * (gold left - gold right)). So supervised fine-tuning,
 which imitates references, learns to be vague, and a policy that is trained against a reward model can do better
 than its references.
 
     python benchmark/tiny_world/tiny_env.py --output_dir runs/tiny_env          # the size of the quickstart
-    python benchmark/tiny_world/tiny_env.py --output_dir runs/hard --num_facts 9 --num_values 24 \\
-        --distractor_share 0.6 --max_fillers 4 --base_model random --hidden_size 128
+    python benchmark/tiny_world/tiny_env.py --output_dir runs/hard --num_values 24 --distractor_share 0.6 \\
+        --max_fillers 4 --base_model random --hidden_size 128
 
 What is written:
     posts/{train,validation,test}.parquet            id, subreddit, title, post, summary
@@ -65,25 +65,14 @@ class Args:
     num_cnndm_pairs: int = 300  # comparisons in CNN/DM form (news articles instead of posts), for validation only
     num_pretraining_posts: int = 0  # posts with replies to pretrain a base model on, the same with every --seed
     # ---- How hard the world is ----
-    num_facts: int = 6  # facts that a post states (6 to 9): more facts make posts and good summaries longer
     num_values: int = 6  # values that a fact can take (4 to 24): more of them leave fewer examples of each
     distractor_share: float = 0.25  # share of posts that also mention, in passing, a value that is not a fact
     max_fillers: int = 2  # a post has 0 to this many sentences that are beside the point (0 to 6)
-    # ---- How good references and labels are ----
-    vague_share: float = 0.6  # share of references that leave most facts out
-    wrong_value_share: float = 0.04  # chance of each value in a reference to be wrong
-    label_beta: float = 0.5  # a worker prefers the left summary with probability sigmoid(label_beta * gold margin)
     # ---- The base model (GPT-NeoX) ----
     base_model: Literal["pretrained", "random"] = "pretrained"
     """pretrained: that of benchmark/tiny_world/base_model, with its tokenizer; random: new weights, of these shapes"""
-    model_seed: int = 1  # seed of the random weights
     hidden_size: int = 64  # width of the model
-    num_layers: int = 3  # number of layers; copying a fact takes two, and a third adds up what was checked
     num_heads: int = 4  # attention heads; must divide the width into even parts
-    initializer_range: float = 0.1  # standard deviation of the random weights
-    max_position_embeddings: int = 2048
-    """longest query and response together, in tokens; as Pythia's, it costs nothing (positions are rotary) and leaves
-    room for the length limits that the scripts have by default"""
 
 
 # ---- The world: constant tables --------------------------------------------------------------------------------------
@@ -103,7 +92,7 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-# The order matters: `--num_facts N` takes the first N. `who` has no sentence of its own: it stands in the event's.
+# `who` has no sentence of its own: it stands in the event's.
 SLOTS: dict[str, Slot] = {
     "who": Slot(
         1.0, "my", "",
@@ -146,31 +135,10 @@ SLOTS: dict[str, Slot] = {
         ("It is about {v} dollars.", "There are {v} dollars at stake.", "I could lose {v} dollars."),
         ("My rent is {v} dollars.", "I earn {v} dollars a day."),
     ),
-    "item": Slot(
-        1.0, "a", " with a {v}",
-        words("""car phone laptop guitar bike sofa camera ring piano ticket lamp watch key desk boat tent drone
-            mirror blender helmet jacket violin scooter fridge"""),
-        ("There was a {v} involved.", "A {v} is part of it.", "It all turns on a {v}."),
-        ("I once sold a {v}.", "I want a {v} for my birthday."),
-    ),
-    "city": Slot(
-        0.8, "in", " in {v}",
-        words("""paris london boston denver tokyo berlin madrid dublin austin seattle oslo rome vienna prague cairo
-            lima delhi sydney toronto chicago dallas miami atlanta lisbon"""),
-        ("We live in {v}.", "All this is in {v}.", "I moved to {v} for this."),
-        ("I was born in {v}.", "I have never seen {v}."),
-    ),
-    "job": Slot(
-        1.0, "as", " I work as {v}.",
-        words("""nurse pilot baker lawyer waiter painter butcher tailor barber dentist chemist clerk guard sailor
-            singer dancer florist janitor cashier courier welder carpenter jeweler surgeon"""),
-        ("I work as {v}.", "I earn my money as {v}.", "They hired me as {v}."),
-        ("I hate every {v}.", "I never wanted to be a {v}."),
-    ),
 }  # fmt: skip
 # A thorough summary is one sentence about what happened, with its circumstances, and then short sentences of their own.
-TAILS = ("place", "amount", "item", "city")  # clauses that hang on `who` + `event`
-SENTENCES = ("job", "feeling", "ask")  # clauses that are sentences of their own
+TAILS = ("place", "amount")  # clauses that hang on `who` + `event`
+SENTENCES = ("feeling", "ask")  # clauses that are sentences of their own
 
 # Sentences beside the point, in posts and in poor summaries, with the word by which the gold score knows them.
 FILLERS = {
@@ -191,6 +159,9 @@ VAGUE = (
     (0.10, " It is all over {amount} dollars. Should I {ask}?"),
 )
 THOROUGH_STYLES = ("event", "feeling", "place")  # the fact that a thorough summary begins with
+VAGUE_SHARE = 0.6  # of the references are vague
+WRONG_VALUE_SHARE = 0.04  # chance of each value in a reference to be wrong
+LABEL_BETA = 0.5  # a worker prefers the left summary with probability sigmoid(LABEL_BETA * gold margin)
 
 # Titles and ages are noise, except that half of the titles name the person: so do real ones.
 SUBREDDITS = ("relationships", "advice", "legaladvice", "personalfinance", "offmychest", "askreddit")
@@ -198,7 +169,7 @@ TITLES = ("Me ({age}{sex}) and my {who}", "Need advice about my {who}", "Advice 
 
 # Every word that some template can put into a summary; what is none of them is debris of a model that has come apart.
 SUMMARY_TEXTS = [text for _, text in VAGUE] + [slot.clause for slot in SLOTS.values()]
-SUMMARY_TEXTS += [*FILLERS.values(), *GLUE.values(), "because just"]
+SUMMARY_TEXTS += [*FILLERS.values(), *GLUE.values(), "because just work as a in"]
 SUMMARY_WORDS = frozenset(re.findall(r"[a-z]+", re.sub(r"\{\w+\}", "", " ".join(SUMMARY_TEXTS)).lower()))
 SLOT_OF = {value: name for name, slot in SLOTS.items() for value in slot.values}  # value word -> its slot
 
@@ -239,7 +210,7 @@ def gold_score(summary: str, facts: dict[str, str]) -> float:
     Words are runs of letters, digits and apostrophes, in lower case. A value word (one of the tables in SLOTS) states
     its fact when the word before it is one of its slot's lead-ins. The score is the sum of
 
-        + weight of the slot           for each right value (the six of the default world add up to 7.3)
+        + weight of the slot           for each right value (all six add up to 7.3)
         - (weight of the slot + 0.5)   for each wrong value: invented, or mentioned in the post but not its fact
         - 0.4                          for each value that was stated before and is said again
         - 0.2                          for each value without a lead-in, and for each word no template has (junk)
@@ -271,8 +242,8 @@ def format_query(subreddit: str, title: str, post: str) -> str:
 
 # ---- Posts and references --------------------------------------------------------------------------------------------
 def draw_facts(rng: random.Random, args: Args) -> dict[str, str]:
-    """One value for each of the first `num_facts` slots."""
-    return {name: rng.choice(SLOTS[name].values[: args.num_values]) for name in list(SLOTS)[: args.num_facts]}
+    """One value for each slot."""
+    return {name: rng.choice(slot.values[: args.num_values]) for name, slot in SLOTS.items()}
 
 
 def other_value(rng: random.Random, args: Args, name: str, value: str) -> str:
@@ -352,9 +323,9 @@ def say_noise(rng: random.Random) -> str:
 
 def write_reference(rng: random.Random, args: Args, facts: dict, distractors: dict) -> tuple[str, str]:
     """(kind, text): vague or thorough, sometimes with a wrong value or a useless sentence, as people write them."""
-    kind = "vague" if rng.random() < args.vague_share else "thorough"
+    kind = "vague" if rng.random() < VAGUE_SHARE else "thorough"
     # Errors come before the choice of what to say, so that vague references have their share of them.
-    wrong = [name for name in facts if rng.random() < args.wrong_value_share]
+    wrong = [name for name in facts if rng.random() < WRONG_VALUE_SHARE]
     told = alter(rng, args, facts, wrong, distractors)
     style = rng.choices(THOROUGH_STYLES, (1, 2, 2))[0]  # where its fact is left out, the first style takes its place
     text = say_vague(rng, told) if kind == "vague" else say_thorough(rng, drop_facts(rng, told, 0.7), style)
@@ -464,7 +435,7 @@ def draw_pair(rng: random.Random, args: Args, post: dict, stranger: dict) -> tup
     return batch, [("partial", say_thorough(rng, some, style)), (policy, say_thorough(rng, wrong, style))]
 
 
-def label_pair(rng: random.Random, args: Args, left: float, right: float) -> tuple[int, int]:
+def label_pair(rng: random.Random, left: float, right: float) -> tuple[int, int]:
     """(choice, confidence) of a noisy worker who sees the gold scores `left` and `right`.
 
     A logistic error on the perceived margin is the Bradley-Terry model. Confidence is OpenAI's scale: 1 (left, surely)
@@ -472,15 +443,15 @@ def label_pair(rng: random.Random, args: Args, left: float, right: float) -> tup
     so accuracy is lowest at 4 and 6.
     """
     uniform = min(max(rng.random(), 1e-12), 1 - 1e-12)  # the logarithm needs the open interval
-    perceived = args.label_beta * (right - left) + math.log(uniform / (1 - uniform))
+    perceived = LABEL_BETA * (right - left) + math.log(uniform / (1 - uniform))
     strength = sum(abs(perceived) > edge for edge in (0.5, 1.2, 2.2))  # 0 barely ... 3 surely
     return (1, 6 + strength) if perceived > 0 else (0, 4 - strength)
 
 
-def comparison_row(rng: random.Random, args: Args, info: dict, batch: str, split: str, pair, facts: dict) -> dict:
+def comparison_row(rng: random.Random, info: dict, batch: str, split: str, pair, facts: dict) -> dict:
     """One row in OpenAI's schema; which summary stands on the left is drawn here."""
     left, right = rng.sample(pair, 2)
-    choice, confidence = label_pair(rng, args, gold_score(left[1], facts), gold_score(right[1], facts))
+    choice, confidence = label_pair(rng, gold_score(left[1], facts), gold_score(right[1], facts))
     return {
         "info": info,
         "summaries": [{"text": text, "policy": policy, "note": ""} for policy, text in (left, right)],
@@ -524,7 +495,7 @@ def make_comparisons(args: Args, split: str, count: int, posts: list[dict]) -> l
             continue  # two equal texts have no preference to learn
         info = {name: post[name] for name in ("id", "post", "title", "subreddit")}
         info |= {"article": None, "site": None}  # columns of the CNN/DM rows
-        rows.append(comparison_row(rng, args, info, batch, name_of_split, pair, post["facts"]))
+        rows.append(comparison_row(rng, info, batch, name_of_split, pair, post["facts"]))
     return rows
 
 
@@ -548,7 +519,7 @@ def make_cnndm(args: Args, count: int) -> tuple[list[dict], list[dict]]:
             continue
         info = {"id": post["id"], "article": post["article"], "site": "cnn"}  # the other columns stay empty
         batch = ("batch0_cnndm", "cnndm0", "cnndm2")[len(rows) % 3]  # the three names by which detail 1 knows such rows
-        rows.append(comparison_row(rng, args, info, batch, "valid2", pair, post["facts"]))
+        rows.append(comparison_row(rng, info, batch, "valid2", pair, post["facts"]))
     return rows, [facts_row(post, f"Article:\n{post['article']}\n\nTL;DR:") for post in posts]
 
 
@@ -558,7 +529,10 @@ def facts_row(post: dict, query: str) -> dict:
 
 
 # ---- Tokenizer and base model ----------------------------------------------------------------------------------------
-def train_tokenizer(texts: Iterator[str], folder: str, max_length: int) -> int:
+POSITIONS = 2048  # as Pythia's; they cost nothing (positions are rotary) and leave room for the scripts' length limits
+
+
+def train_tokenizer(texts: Iterator[str], folder: str) -> int:
     """Byte-level BPE as Pythia's: EOS is id 0 and there is no pad token (the scripts bring their own, detail 3)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -580,7 +554,7 @@ def train_tokenizer(texts: Iterator[str], folder: str, max_length: int) -> int:
         bos_token="<|endoftext|>",
         eos_token="<|endoftext|>",
         unk_token="<|endoftext|>",
-        model_max_length=max_length,
+        model_max_length=POSITIONS,
     )
     fast.save_pretrained(folder)
     return len(fast)
@@ -595,22 +569,22 @@ def write_base_model(args: Args, vocab_size: int, folder: str) -> int:
         # Spare rows as in Pythia, so that the scripts' [PAD] finds room without a resize.
         vocab_size=64 * math.ceil((vocab_size + 1) / 64),
         hidden_size=args.hidden_size,
-        num_hidden_layers=args.num_layers,
+        num_hidden_layers=3,  # copying a fact takes two, and a third adds up what was checked
         num_attention_heads=args.num_heads,
         intermediate_size=4 * args.hidden_size,
-        max_position_embeddings=args.max_position_embeddings,
+        max_position_embeddings=POSITIONS,
         rotary_pct=0.25,  # Pythia's; the other dimensions compare contents, and copying a fact is such a comparison
         bos_token_id=0,
         eos_token_id=0,
         # The usual 0.02 leaves attention flat in so narrow a model, and it takes long to find out where to look.
-        initializer_range=args.initializer_range,
+        initializer_range=0.1,
         # On purpose: the scripts have to switch dropout off (detail 7), and it shows when they do not.
         hidden_dropout=0.1,
         attention_dropout=0.1,
         classifier_dropout=0.1,
     )
     with torch.random.fork_rng(devices=[]):  # a caller's own random state stays as it is
-        torch.manual_seed(args.model_seed)
+        torch.manual_seed(1)
         model = GPTNeoXForCausalLM(config)
     model.save_pretrained(folder)
     return sum(p.numel() for p in model.parameters())
@@ -697,13 +671,12 @@ def build(args: Args, folder: str) -> dict:
     # A few thousand posts hold every word of the world many times over; more would change no merge that matters.
     sample = sample[:4000]
     texts = (format_query(p["subreddit"], p["title"], p["post"]) + " " + p["summary"] for p in sample)
-    vocab_size = train_tokenizer(texts, f"{folder}/base_model", args.max_position_embeddings)
+    vocab_size = train_tokenizer(texts, f"{folder}/base_model")
     parameters = write_base_model(args, vocab_size, f"{folder}/base_model")
     return about | {"base_model": {"tokenizer_size": vocab_size, "parameters": parameters}}
 
 
-# ---- Main
-
+# ---- Main ------------------------------------------------------------------------------------------------------------
 MANIFEST = "tiny_env.json"
 BASE_MODEL = Path(__file__).resolve().with_name("base_model")  # made by pretrain.sh
 
@@ -731,17 +704,11 @@ def load_facts(env_dir: str) -> dict[str, dict]:
 
 def check_args(args: Args) -> None:
     """Refuse flags that make no world, before anything is written."""
-    if args.base_model == "pretrained":
-        shapes = ("hidden_size", "num_layers", "num_heads", "max_position_embeddings")
-        for name in ("model_seed", "initializer_range", *shapes):
-            if getattr(args, name) != getattr(Args, name):
-                fail(f"--{name} is for new weights: pass --base_model random")
+    if args.base_model == "pretrained" and (args.hidden_size, args.num_heads) != (Args.hidden_size, Args.num_heads):
+        fail("--hidden_size and --num_heads are for new weights: pass --base_model random")
     bounds = {name: (1, 10**9) for name in vars(args) if name.startswith("num_")}
-    bounds["num_pretraining_posts"] = (0, 10**9)
-    bounds |= {name: (0, 1) for name in vars(args) if name.endswith("_share")}
-    bounds |= {"num_facts": (6, len(SLOTS)), "num_values": (4, 24), "max_fillers": (0, len(FILLERS))}
-    bounds |= {"label_beta": (0, 100), "initializer_range": (1e-9, 100)}
-    bounds["max_position_embeddings"] = (256, 10**9)  # or the longest comparisons do not fit
+    bounds |= {"num_pretraining_posts": (0, 10**9), "num_values": (4, 24), "max_fillers": (0, len(FILLERS))}
+    bounds["distractor_share"] = (0, 1)
     for name, (low, high) in bounds.items():
         if not low <= getattr(args, name) <= high:
             fail(f"--{name} must be from {low} to {high}, not {getattr(args, name)}")

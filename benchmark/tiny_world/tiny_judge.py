@@ -33,8 +33,8 @@ from pathlib import Path
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from benchmark.judges.chat_server import RequestError, Server, read_prompt, serve, take_command  # noqa: E402
-from benchmark.tiny_world.tiny_env import fail, gold_score, load_facts, read_statements  # noqa: E402
+from benchmark.judges.chat_server import RequestError, read_prompt, serve, take_command  # noqa: E402
+from benchmark.tiny_world.tiny_env import gold_score, load_facts, read_statements  # noqa: E402
 
 MODEL = "tiny-gold-1"
 
@@ -42,7 +42,6 @@ MODEL = "tiny-gold-1"
 @dataclass
 class Args:
     env_dir: str  # folder that tiny_env.py wrote
-    host: str = "127.0.0.1"  # address to listen on
     port: int = 8900  # port to listen on; 0 takes a free one and prints which
 
 
@@ -68,12 +67,7 @@ def main():
     command = take_command()
     args = tyro.cli(Args, use_underscores=True, description=__doc__)
     facts_of = {row["query"]: row["facts"] for row in load_facts(args.env_dir).values()}
-    try:
-        server = Server(args.host, args.port, MODEL, lambda content: judge(content, facts_of))
-    except (OSError, OverflowError) as error:
-        fail(f"--port {args.port}: cannot listen on {args.host} ({error})")
-    print(f"ready: {MODEL} judges {len(facts_of):,} posts at {server.url}", flush=True)
-    serve(server, command)
+    serve(args.port, MODEL, lambda content: judge(content, facts_of), command)
 
 
 if __name__ == "__main__":

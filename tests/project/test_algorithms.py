@@ -252,15 +252,3 @@ def test_settings_are_chosen_on_validation_posts_and_paired_on_test_posts():
     assert third.startswith("| TRL's RLOO | 0.0005, 0.1 | 2 | 0 | 3.000 |")
     # -1 and -3: mean -2, standard error 1, t of one degree of freedom 12.706. No other pair of PAIRS has been run.
     assert last.startswith("| TRL's RLOO minus RLOO | -2.000 [-14.706, +10.706] |")
-
-
-@pytest.mark.parametrize("algorithm, batch, episodes", [("rloo", 256, 2560), ("dpo", 16, 10000)])
-def test_trl_is_trained_with_the_flags_of_the_diff(tmp_path, algorithm, batch, episodes):
-    harness = compare.Comparison(compare.Args(work_dir=tmp_path), "test", (3,))
-    variant = compare.make_variant(compare.Variant("baseline"), f"trl_{algorithm}", 4e-4, 0.1)
-    words = [str(word) for word in harness.command(variant, 3, "ppo")]
-    assert words[0].endswith("peers/.venv-1.16.0/bin/python") and words[1].endswith("run_trl.py")
-    assert Path(words[words.index("--reward_model_path") + 1]) == harness.root / "baseline/seed3/reward/model"
-    for pair in (f"--algorithm {algorithm}", "--lr 0.0004", "--kl_coef 0.1", "--seed 3", "--response_length 28"):
-        assert pair in " ".join(words)
-    assert f"--batch {batch} " in " ".join(words) and f"--total_episodes {episodes} " in " ".join(words)

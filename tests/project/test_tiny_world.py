@@ -82,7 +82,7 @@ def test_every_value_has_one_meaning():
     for slot in tiny_env.SLOTS.values():
         texts += [slot.clause, *slot.statements, *slot.distractors]
     others = set(tiny_env.split_words(" ".join(texts))) | tiny_env.SUMMARY_WORDS
-    assert len(set(values)) == len(values) == 24 * 9 and not others & set(values)
+    assert len(set(values)) == len(values) == 24 * 6 and not others & set(values)
 
 
 # ---- What is written -------------------------------------------------------------------------------------------------
@@ -93,10 +93,10 @@ def test_same_flags_same_bytes(world, tmp_path):
     sums = file_sums(generate(tmp_path / "random", "--base_model", "random"))
     assert {name for name in sums if sums[name] != pretrained[name]} >= {"base_model/model.safetensors"}
     changed = []
-    for flag, value in (("--model_seed", 2), ("--seed", 2), ("--num_train_posts", 500)):
+    for flag, value in (("--hidden_size", 96), ("--seed", 2), ("--num_train_posts", 500)):
         other = file_sums(generate(tmp_path / flag, "--base_model", "random", flag, value))
         changed.append({name for name in sums if sums[name] != other[name]} - {"tiny_env.json"})
-    assert changed[0] == {"base_model/model.safetensors"}
+    assert changed[0] == {"base_model/config.json", "base_model/model.safetensors"}
     assert {f"{part}/{split}.parquet" for part in ("posts", "comparisons") for split in SPLITS} <= changed[1]
     assert not [name for name in changed[2] if "test" in name or "validation." in name]  # small splits stay
 
@@ -107,7 +107,7 @@ def test_the_default_world_stays_as_it_is():
     posts = tiny_env.make_posts(args, "validation", 50, set())
     rows = [posts, tiny_env.make_comparisons(args, "validation", 100, posts), tiny_env.make_cnndm(args, 20)]
     text = json.dumps([*rows, tiny_env.settings_of(args)], sort_keys=True)
-    expected = "3653b801455bd7bffaf9b8fb892be43ca5af3d46439105a45dae61d8e9a762a9"
+    expected = "353ecb977f39f6be8e0c744fcf03dc3846dc3ca4a34d6722b6412eb4d7b48d8a"
     assert hashlib.sha256(text.encode()).hexdigest() == expected
 
 
@@ -143,7 +143,7 @@ def test_references_and_labels_are_as_noisy_as_stated(world):
         known = facts[row["info"]["id"]]["facts"]
         left, right = [tiny_env.gold_score(summary["text"], known) for summary in row["summaries"]]
         agree.append(0.5 if left == right else float((right > left) == (row["choice"] == 1)))
-        expected.append(1 / (1 + math.exp(-0.5 * abs(right - left))))  # Bradley-Terry, label_beta 0.5
+        expected.append(1 / (1 + math.exp(-0.5 * abs(right - left))))  # Bradley-Terry, LABEL_BETA 0.5
         by_confidence[abs(row["extra"]["confidence"] - 5)].append(agree[-1])
     assert abs(sum(agree) - sum(expected)) < 4 * math.sqrt(sum(p * (1 - p) for p in expected))
     shares = [mean(values) for _, values in sorted(by_confidence.items())]
@@ -153,10 +153,10 @@ def test_references_and_labels_are_as_noisy_as_stated(world):
 
 
 def test_harder_worlds():
-    """More facts, values and distractors: a post states every fact, in its own words."""
-    args = tiny_env.Args("", num_facts=9, num_values=24, distractor_share=1.0)
+    """More values and distractors: a post states every fact, in its own words."""
+    args = tiny_env.Args("", num_values=24, distractor_share=1.0)
     posts = tiny_env.make_posts(args, "validation", 300, set())
-    assert all(len(post["facts"]) == 9 and len(post["distractors"]) == 1 for post in posts)
+    assert all(len(post["facts"]) == 6 and len(post["distractors"]) == 1 for post in posts)
     assert all(set(post["facts"].values()) <= set(tiny_env.split_words(post["post"])) for post in posts)
     assert len({post["facts"]["who"] for post in posts}) == 24
 
@@ -181,33 +181,23 @@ def test_folders_that_are_there_and_bad_flags(world, tmp_path):
     assert times == {path: path.stat().st_mtime_ns for path in world.rglob("*")}
     (tmp_path / "mine.txt").write_text("keep me")
     assert "something else" in error_line(run_inside(tiny_env, "--output_dir", tmp_path, *SIZES))
-    flags = {"num_facts": 5, "num_values": 25, "num_test_posts": 0, "distractor_share": 1.5, "hidden_size": 60}
+    flags = {"num_values": 25, "num_test_posts": 0, "distractor_share": 1.5, "hidden_size": 60}
     for name, value in flags.items():
         assert f"--{name}" in error_line(run_inside(tiny_env, "--output_dir", tmp_path / "new", f"--{name}", value))
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 # ---- The gold table, and PPO with it ---------------------------------------------------------------------------------
-def test_gold_table_by_hand(world, tmp_path):
-    """Two wins against vague references, a tie and a loss against thorough ones: gold scores 1, 1, -0.3 and -1.5."""
+def test_gold_figures_by_hand(world):
+    """A win against a vague reference, a tie and a loss against thorough ones: gold scores 1, -0.3 and -1.5."""
     known = list(read_facts(world, "test").values())
-    rows = [row for kind in ("vague", "thorough") for row in [r for r in known if r["reference_kind"] == kind][:2]]
-    responses = [f"Trouble with my {row['facts']['who']}." for row in rows[:2]]
-    responses += ["Thanks.", "Trouble with my nephew."]  # who is not in this world
+    rows = [next(row for row in known if row["reference_kind"] == "vague")]
+    rows += [row for row in known if row["reference_kind"] == "thorough"][:2]
+    responses = [f"Trouble with my {rows[0]['facts']['who']}.", "Thanks.", "Trouble with my nephew."]  # whom it lacks
     table = pd.DataFrame({"id": [row["id"] for row in rows], "response": responses, "reference": "Thanks."})
-    table.to_csv(tmp_path / "samples.csv", index=False)
-    done = run_inside(gold, "--env_dir", world, tmp_path / "samples.csv")
-    figures = json.loads(done.out)[str(tmp_path / "samples.csv")]
-    assert (figures["n"], figures["n_vague"], figures["n_thorough"]) == (4, 2, 2)
-    assert (figures["gold"], figures["reference_gold"], figures["ties"]) == (0.05, -0.3, 0.25)
-    assert (figures["win_rate"], figures["win_rate_vague"], figures["win_rate_thorough"]) == (2.5 / 4, 1.0, 0.25)
-    assert (figures["invented_share"], figures["words"], figures["complete_share"]) == (0.3333, 13 / 4, 1)
-    assert 0 <= figures["win_rate_ci95"][0] < 0.625 < figures["win_rate_ci95"][1] <= 1
-    bad = {"t3_other": table.assign(id="t3_other"), "reference": table.drop(columns="reference")}
-    for word, rows in bad.items():
-        rows.to_csv(tmp_path / "bad.csv", index=False)
-        line = error_line(run_inside(gold, "--env_dir", world, tmp_path / "bad.csv"))
-        assert "bad.csv" in line and word in line
+    figures = gold.measure(table, {row["id"]: row for row in known})
+    assert (figures["gold"], figures["win_rate_thorough"], figures["invented_share"]) == (-0.2667, 0.25, 0.5)
+    assert -1.5 <= figures["gold_ci95"][0] < -0.2667 < figures["gold_ci95"][1] <= 1
 
 
 def test_gold_scores_of_a_rollout(world, monkeypatch):
