@@ -112,7 +112,7 @@ class Jobs:
             except KeyboardInterrupt:  # only in the main thread
                 self.stop()
                 process.wait()
-                raise SystemExit("stopped; the same command continues")
+                raise SystemExit("stopped")
             self.running.discard(process)
         return -signal.SIGTERM if self.stopped else code
 
@@ -125,7 +125,7 @@ class Jobs:
                     future.result()
             except KeyboardInterrupt:
                 self.stop()
-                raise SystemExit("stopped; the same command continues")
+                raise SystemExit("stopped")
             except BaseException:
                 self.stop()
                 raise
