@@ -73,18 +73,26 @@ class Sizes(Harness):
     default_name = "scaling.jsonl"
 
     def base_model(self, width: int) -> Path:
-        """The folder of a base model; it is pretrained if it is not there. That of width 64 is in the repository."""
+        """The folder of a base model. That of width 64 is in the repository."""
         if width == 64 and not self.args.smoke:
             return ROOT / "benchmark/tiny_world/base_model"
-        folder = self.root.parent / ("smoke-bases" if self.args.smoke else "bases") / str(width)
-        environment = dict(OUT=f"{folder}-run", TARGET=str(folder), WIDTH=str(width), HEADS=str(WIDTHS[width]))
-        environment |= {"POSTS": "640"} if self.args.smoke else {}
-        if not (folder / "config.json").exists():
+        return self.root.parent / ("smoke-bases" if self.args.smoke else "bases") / str(width)
+
+    def prepare(self, variants: list[Variant]):
+        """Also the base models, if a run is missing."""
+        super().prepare(variants)
+        if all(self.recorded(variant, seed) for variant in variants for seed in self.seeds):
+            return
+        for variant in variants:
+            folder = variant.flags["sft"].get("base_model")
+            if folder is None or (folder / "config.json").exists():
+                continue
             folder.parent.mkdir(parents=True, exist_ok=True)
-            command = ["bash", ROOT / "benchmark/tiny_world/pretrain.sh"]
-            if self.jobs.run(["env", *(f"{k}={v}" for k, v in environment.items()), *command], f"{folder}.log") != 0:
-                fail(f"the base model of width {width} could not be made, see {folder}.log; the same command continues")
-        return folder
+            width = int(folder.name)
+            words = ["env", f"OUT={folder}-run", f"TARGET={folder}", f"WIDTH={width}", f"HEADS={WIDTHS[width]}"]
+            words += ["POSTS=640"] if self.args.smoke else []
+            if self.jobs.run([*words, "bash", ROOT / "benchmark/tiny_world/pretrain.sh"], f"{folder}.log") != 0:
+                fail(f"no base model of width {width}, see {folder}.log; the same command continues")
 
     def folder(self, variant: Variant, seed: int, stage: str) -> Path:
         """An over-optimisation run has the policy of one width and the reward model of another."""
@@ -216,11 +224,12 @@ def overoptimisation_table(runs: list[dict]) -> str:
     groups = defaultdict(list)
     for run in runs:
         if run["variant"].startswith("reward model") and "curves" in run:  # else it diverged
-            groups[run["variant"]].append(run["curves"])
-    head = "seeds | gold: first, peak, last | RM score: first, at the peak, last | KL: at the peak, last"
-    head += " | EOS share: least after the peak | entropy: first, at the peak, last"
+            groups[run["variant"]].append(run["curves"] | {"test": run["gold"]})
+    head = "seeds | gold score of test posts | gold: first, peak, last | RM score: first, at the peak, last"
+    head += " | KL: at the peak, last | EOS share: least after the peak | entropy: first, at the peak, last"
     lines = [f"| policies against | {head} |", "|---|" + "---|" * (1 + head.count("|"))]
     for name, curves in sorted(groups.items()):
+        test = mean_interval([curve.pop("test") for curve in curves])
         smooth = [smoothed(curve) for curve in curves]
         peaks = [int(np.argmax(curve["gold"])) for curve in smooth]
 
@@ -231,9 +240,11 @@ def overoptimisation_table(runs: list[dict]) -> str:
             return ", ".join(f"{value:.2f}" for value in found)
 
         least = np.mean([min(curve["eos_share"][peak:]) for curve, peak in zip(smooth, peaks)])
-        cells = [str(len(curves)), mean("gold", 0, "peak", -1), mean("score", 0, "peak", -1), mean("kl", "peak", -1)]
-        lines.append(f"| {name} | {' | '.join([*cells, f'{least:.2f}', mean('entropy', 0, 'peak', -1)])} |")
-    return "\n".join(["Means over seeds of curves that are averaged over three updates.", "", *lines])
+        cells = [str(len(curves)), cell(test, ".2f"), mean("gold", 0, "peak", -1), mean("score", 0, "peak", -1)]
+        cells += [mean("kl", "peak", -1), f"{least:.2f}", mean("entropy", 0, "peak", -1)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    text = "Means over seeds; all but the first score are of the rollouts, averaged over three updates."
+    return "\n".join([text, "", *lines])
 
 
 def draw_sizes(sizes: dict, path: Path):
@@ -241,6 +252,7 @@ def draw_sizes(sizes: dict, path: Path):
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
     counts = [next(iter(runs.values()))["parameters"] for runs in sizes.values()]
+    names = [f"{count / 1e3:.0f}k" if count < 1e6 else f"{count / 1e6:.1f}M" for count in counts]
     panels = [
         [("sft_loss", "SFT")],
         [("rougeL", "SFT")],
@@ -260,15 +272,15 @@ def draw_sizes(sizes: dict, path: Path):
                 if entry["low"] is not None:
                     ax.plot([x, x], [entry["low"], entry["high"]], color=f"C{i}", linewidth=2)
         ax.set_xscale("log")
-        ax.set_xticks(counts, [f"{count / 1000:.0f}k" for count in counts])
+        ax.set_xticks(counts, names)
         ax.minorticks_off()
         ax.set_title(title)
         ax.set_xlabel("parameters")
         ax.legend()
     edges = [2 * LENGTH_EDGES[0] - LENGTH_EDGES[1], *LENGTH_EDGES, 2 * LENGTH_EDGES[-1] - LENGTH_EDGES[-2]]
     middles = [(a + b) / 2 for a, b in zip(edges, edges[1:])]
-    for i, (count, runs) in enumerate(zip(counts, sizes.values())):
-        for key, style, label in (("sft_bins", ":", ""), ("bins", "-", f"{count / 1000:.0f}k")):
+    for i, (name, runs) in enumerate(zip(names, sizes.values())):
+        for key, style, label in (("sft_bins", ":", ""), ("bins", "-", name)):
             sums = np.sum([run[key] for run in runs.values()], axis=0)  # (bins, 2)
             shown = sums[:, 1] >= 20
             axes[5].plot(np.array(middles)[shown], (sums[:, 0] / np.maximum(sums[:, 1], 1))[shown], style, marker="o",
@@ -297,7 +309,7 @@ def draw_overoptimisation(runs: list[dict], path: Path):
                     kl, y = [smoothed(curves)[which] for which in ("kl", key)]
                     label = name.split(", ")[1] if number == 0 else ""
                     ax.plot(np.sqrt(np.maximum(kl, 0)), y, color=f"C{i}", alpha=0.6, label=label)
-            ax.set_title(f"{reward}: {title}")
+            ax.set_title(f"{reward.replace('model', 'model of width')}: {title}")
             ax.set_xlabel("square root of the KL from the SFT model (nats)")
             ax.legend()
             ax.grid(alpha=0.3)

@@ -121,7 +121,7 @@ def sweep(seeds=3):
         figures |= {"sft_loss": 1.0 - figures["gold"], "bins": [[seed, 40]] * 7, "sft_bins": [[10, 40]] * 7}
         figures |= {"preferences": "ff00" if seed else "ffff", "parameters": 1000 * width, "curves": curves}
         yield {"variant": f"baseline width {width}", "seed": seed} | figures
-        yield {"variant": f"reward model {width}, KL coefficient 0.0", "seed": seed, "curves": curves}
+        yield {"variant": f"reward model {width}, KL coefficient 0.0", "seed": seed, "curves": curves, "gold": seed}
 
 
 def test_sizes_by_hand(tmp_path):
@@ -144,6 +144,6 @@ def test_over_optimisation_by_hand(tmp_path):
     runs = list(sweep())
     line = scaling.overoptimisation_table(runs).splitlines()[-1]
     # Averages of three updates: gold 3, 3.67, 3 with its peak in the middle; EOS 0.8 at the end.
-    assert line.endswith("| 3 | 3.00, 3.67, 3.00 | 1.00, 2.00, 3.00 | 2.00, 3.00 | 0.80 | 9.00, 9.00, 9.00 |")
+    assert line.endswith("| 3 | 1.00 [-1.48, 3.48] | 3.00, 3.67, 3.00 | 1.00, 2.00, 3.00 | 2.00, 3.00 | 0.80 | 9.00, 9.00, 9.00 |")
     scaling.draw_overoptimisation(runs, tmp_path / "over.png")
     assert (tmp_path / "over.png").read_bytes().startswith(b"\x89PNG")
