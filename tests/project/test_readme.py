@@ -9,7 +9,7 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("README.md", *(f"benchmark/{name}README.md" for name in ("", "ablations/", "algorithms/")))
+PAGES = ("README.md", *(f"benchmark/{name}README.md" for name in ("", "ablations/", "algorithms/", "scaling/")))
 PAGES = {path: (ROOT / path).read_text(encoding="utf-8") for path in PAGES}
 README = PAGES["README.md"]
 RESULTS = ROOT / "benchmark" / "results"
