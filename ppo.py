@@ -535,7 +535,8 @@ def prepare_frozen(args, accelerator: Accelerator, model):
     if deepspeed_engine and args.offload:
         import deepspeed
 
-        zero = {"stage": 3, "offload_param": {"device": "cpu"}}
+        # Without DeepSpeed's own linear layer, which would replace that of all networks and round differently in bf16.
+        zero = {"stage": 3, "offload_param": {"device": "cpu"}, "memory_efficient_linear": False}
         config = {"zero_optimization": zero, "bf16": {"enabled": args.bf16}, "train_micro_batch_size_per_gpu": 1}
         return deepspeed.initialize(model=model, config=config)[0]
     return model if args.offload else model.to(accelerator.device)

@@ -61,10 +61,11 @@ def test_two_processes_are_like_one(script, engine, runs):
     assert metrics[-1][name] == pytest.approx(read_metrics(one)[-1][name], rel=1e-4, abs=1e-5)
 
 
-def test_offload_under_zero2_changes_nothing(runs):
+@pytest.mark.parametrize("precision", [(), ("--bf16",)])
+def test_offload_under_zero2_changes_nothing(precision, runs):
     """The frozen models are kept by ZeRO-3 parameter offload then."""
-    plain = read_metrics(runs("ppo", "zero2"))
-    for found, expected in zip(read_metrics(runs("ppo", "zero2", "--offload")), plain, strict=True):
+    plain = read_metrics(runs("ppo", "zero2", *precision))
+    for found, expected in zip(read_metrics(runs("ppo", "zero2", *precision, "--offload")), plain, strict=True):
         for name in expected:
             assert "clipfrac" in name or found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
 
