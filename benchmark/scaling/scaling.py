@@ -285,7 +285,7 @@ def draw_sizes(sizes: dict, path: Path):
             shown = sums[:, 1] >= 20
             axes[5].plot(np.array(middles)[shown], (sums[:, 0] / np.maximum(sums[:, 1], 1))[shown], style, marker="o",
                          color=f"C{i + 2}", label=label)  # fmt: skip
-    axes[5].set_title("win rate by length, PPO (lines) and SFT (dotted)")
+    axes[5].set_title("win rate by length: PPO; SFT dotted")
     axes[5].set_xlabel("log length ratio to the reference")
     axes[5].legend()
     figure.suptitle(f"Sizes: {max(map(len, sizes.values()))} seeds each, mean and 95% t-interval")
