@@ -4,8 +4,8 @@ The learning curves of any runs side by side, from their metrics.jsonl alone.
     python benchmark/plot_metrics.py runs/a/ppo runs/b/ppo -o curves.png            # one line per run
     python benchmark/plot_metrics.py runs/quickstart/full-seed*/ppo --mean_over_seeds -o curves.png
 
-A run is an output folder of sft.py, reward.py or ppo.py, or of a copy of one; it may still be running. With
---mean_over_seeds, runs whose paths differ only in the number after "seed" are averaged: one line, and a band of one
+A run is an output folder of sft.py, reward.py or ppo.py, or of a copy of one; it may still be running. Runs are named by
+what their paths do not have in common. With --mean_over_seeds, runs whose paths differ only in the number after "seed" are averaged: one line, and a band of one
 standard deviation. Of reward models that were evaluated, the calibration is shown too: how often people agree, by the
 difference of the scores (detail 19).
 """
@@ -25,18 +25,20 @@ from matplotlib.figure import Figure
 
 PANELS = {
     "objective/kl": "KL from the SFT model (nats per response)",
-    "objective/rm_scores": "reward model's score",
+    "objective/rm_scores": "reward model's score (no penalty)",
     "objective/rlhf_reward": "RLHF reward: score - beta x KL",
     "objective/response_length": "response length (tokens)",
     "val/eos_share": "share of responses with EOS",
     "policy/approxkl_avg": "approximate KL of an update",
     "policy/clipfrac_avg": "share of clipped tokens",
     "policy/entropy_avg": "entropy (nats per token)",
+    "loss/value_avg": "value loss",
     "sft/loss": "SFT loss (nats per token)",
     "rm/loss": "reward model's loss",
     "rm/accuracy": "reward model's accuracy on training pairs",
-    "rm/margin": "chosen minus rejected",
+    "rm/margin": "reward model's score, chosen - rejected",
 }
+EPISODES = {"sft": "posts", "rm": "pairs"}  # what the other stages count
 
 
 @dataclass
@@ -96,7 +98,7 @@ def draw(tables: dict[str, list[pd.DataFrame]], reports: dict[str, list[dict]]) 
                 deviation = values.std(axis=1)
                 axis.fill_between(mean.index, mean - deviation, mean + deviation, color=f"C{i % 10}", alpha=0.2)
         axis.set_title(PANELS[panel], fontsize=10)
-        axis.set_xlabel("episodes", fontsize=8)
+        axis.set_xlabel(EPISODES.get(panel.split("/")[0], "episodes"), fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
     for axis in axes[number:]:
@@ -127,8 +129,11 @@ def main():
         fail("name at least one run; --smooth is at least 1")
     tables: dict[str, list[pd.DataFrame]] = {}
     reports: dict[str, list[dict]] = {}  # of several runs of one name, all rows
+    start = os.path.commonpath([run.absolute().parent for run in args.runs])
     for run in args.runs:
-        name = re.sub(r"(seed[-_]?)\d+", r"\1*", str(run)) if args.mean_over_seeds else str(run)
+        name = os.path.relpath(run.absolute(), start)
+        if args.mean_over_seeds:
+            name = re.sub(r"(seed[-_]?)\d+", r"\1*", name)
         tables.setdefault(name, []).append(load(run, args.smooth))
         rows = calibration(run)
         if rows:

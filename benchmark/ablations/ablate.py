@@ -476,14 +476,16 @@ def draw(found: dict, variants: list[Variant], path: Path):
         tenth = np.mean([entry["gain"] for _, entry in rows]) / 10
         axes.axvspan(-tenth, tenth, color="tab:green", alpha=0.12, label="within a tenth of what PPO gains over SFT")
     axes.axvline(0, color="black", linewidth=0.8)
-    labels = [f"{headers[name]['title']} ({headers[name]['detail']})" for name, _ in rows]
+    labels = [f"{headers[name]['title']} ({headers[name]['detail']}), {entry['n']} seeds" for name, entry in rows]
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
     axes.set_ylim(-0.7, len(rows) - 0.3)
     axes.set_xscale("symlog", linthresh=0.5)  # some differences are 20 times as large as others
+    ticks = [-8, -4, -2, -1, -0.5, 0, 0.5, 1, 2]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
     axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel("difference in gold score (ablation minus unchanged scripts)")
-    seeds = max((entry["n"] for _, entry in rows), default=0)
-    axes.set_title(f"What each detail is worth in the tiny world: {len(rows)} ablations, up to {seeds} seeds", fontsize=11)
+    axes.set_xlabel("difference in gold score, ablation minus unchanged scripts (linear up to 0.5, then logarithmic)")
+    axes.set_title(f"What each detail is worth in the tiny world: {len(rows)} ablations", fontsize=11)
     for name, colour in colours.items():
         axes.plot([], [], "|-", color=colour, markersize=11, markeredgewidth=2, label=name)
     axes.plot([], [], "o", color="grey", markersize=3, label="one seed (bars: mean and 95% t-interval)")

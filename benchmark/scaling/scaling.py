@@ -214,6 +214,22 @@ def sizes_table(sizes: dict) -> str:
     )
 
 
+def size_name(count: int) -> str:
+    return f"{count / 1e3:.0f}k" if count < 1e6 else f"{count / 1e6:.1f}M"
+
+
+def curves_by_variant(runs: list[dict]) -> dict[str, list[dict]]:
+    """Reward model, by its parameters, and KL coefficient -> the curves of the seeds that did not diverge."""
+    sizes = {width: next(iter(found.values()))["parameters"] for width, found in by_width(runs).items()}
+    groups = defaultdict(list)
+    for run in sorted(runs, key=lambda run: run["variant"]):
+        if run["variant"].startswith("reward model") and "curves" in run:
+            width, rest = run["variant"].removeprefix("reward model ").split(", ")
+            name = f"reward model of {size_name(sizes[int(width)])}, {rest}"
+            groups[name].append(run["curves"] | {"test": run["gold"]})
+    return groups
+
+
 def smoothed(curves: dict) -> dict:
     """Means over three updates: one is a small sample."""
     return {name: np.convolve(values, np.ones(3) / 3, "valid") for name, values in curves.items()}
@@ -221,14 +237,10 @@ def smoothed(curves: dict) -> dict:
 
 def overoptimisation_table(runs: list[dict]) -> str:
     """Per reward model and KL coefficient: the gold score at the start, at its peak and at the end, and what went along."""
-    groups = defaultdict(list)
-    for run in runs:
-        if run["variant"].startswith("reward model") and "curves" in run:  # else it diverged
-            groups[run["variant"]].append(run["curves"] | {"test": run["gold"]})
     head = "seeds | gold score of test posts | gold: first, peak, last | RM score: first, at the peak, last"
     head += " | KL: at the peak, last | EOS share: least after the peak | entropy: first, at the peak, last"
     lines = [f"| policies against | {head} |", "|---|" + "---|" * (1 + head.count("|"))]
-    for name, curves in sorted(groups.items()):
+    for name, curves in curves_by_variant(runs).items():
         test = mean_interval([curve.pop("test") for curve in curves])
         smooth = [smoothed(curve) for curve in curves]
         peaks = [int(np.argmax(curve["gold"])) for curve in smooth]
@@ -252,14 +264,15 @@ def draw_sizes(sizes: dict, path: Path):
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
     counts = [next(iter(runs.values()))["parameters"] for runs in sizes.values()]
-    names = [f"{count / 1e3:.0f}k" if count < 1e6 else f"{count / 1e6:.1f}M" for count in counts]
+    names = [size_name(count) for count in counts]
     panels = [
         [("sft_loss", "SFT")],
         [("rougeL", "SFT")],
-        [("accuracy", "human-like labels"), ("judge_agreement", "judge")],
+        [("accuracy", "with held-out labels"), ("judge_agreement", "with the judge")],
     ]
     panels += [[("sft_win_rate", "SFT"), ("win_rate", "PPO")], [("sft_gold", "SFT"), ("gold", "PPO")]]
-    titles = ("SFT loss", "SFT ROUGE-L", "reward model: agreement with", "win rate against references", "gold score")
+    titles = ["SFT: loss (nats per token)", "SFT: ROUGE-L", "reward model: agreement (share of pairs)"]
+    titles += ["win rate against the references", "gold score of the responses"]
     figure = Figure(figsize=(13, 7), dpi=120, layout="constrained")
     axes = figure.subplots(2, 3).flat
     for ax, title, series in zip(axes, titles, panels):
@@ -280,14 +293,15 @@ def draw_sizes(sizes: dict, path: Path):
     edges = [2 * LENGTH_EDGES[0] - LENGTH_EDGES[1], *LENGTH_EDGES, 2 * LENGTH_EDGES[-1] - LENGTH_EDGES[-2]]
     middles = [(a + b) / 2 for a, b in zip(edges, edges[1:])]
     for i, (name, runs) in enumerate(zip(names, sizes.values())):
-        for key, style, label in (("sft_bins", ":", ""), ("bins", "-", name)):
+        for key, style, label in (("sft_bins", ":", ""), ("bins", "-", f"PPO, {name}")):
             sums = np.sum([run[key] for run in runs.values()], axis=0)  # (bins, 2)
             shown = sums[:, 1] >= 20
-            axes[5].plot(np.array(middles)[shown], (sums[:, 0] / np.maximum(sums[:, 1], 1))[shown], style, marker="o",
+            axes[5].plot(np.array(middles)[shown], (sums[:, 0] / np.maximum(sums[:, 1], 1))[shown], style, marker="o^sx"[i],
                          color=f"C{i + 2}", label=label)  # fmt: skip
-    axes[5].set_title("win rate by length: PPO; SFT dotted")
-    axes[5].set_xlabel("log length ratio to the reference")
-    axes[5].legend()
+    axes[5].plot([], [], ":", color="black", label="SFT of the same size")
+    axes[5].set_title("win rate by length, bins with 20 posts or more")
+    axes[5].set_xlabel("log(response length / reference length)")
+    axes[5].legend(loc="upper left", fontsize=8)
     figure.suptitle(f"Sizes: {max(map(len, sizes.values()))} seeds each, mean and 95% t-interval")
     save_figure(figure, path)
 
@@ -296,21 +310,23 @@ def draw_overoptimisation(runs: list[dict], path: Path):
     """Reward model's score and gold score over the KL, one panel per reward model and score."""
     from matplotlib.figure import Figure
 
-    groups = defaultdict(list)
-    for run in runs:
-        if run["variant"].startswith("reward model") and "curves" in run:  # else it diverged
-            groups[run["variant"]].append(run["curves"])
-    rewards = sorted({name.split(",")[0] for name in groups})
+    groups = curves_by_variant(runs)
+    rewards = list(dict.fromkeys(name.split(",")[0] for name in groups))
     figure = Figure(figsize=(11, 4.2 * len(rewards)), dpi=120, layout="constrained")
     for row, reward in zip(figure.subplots(len(rewards), 2, squeeze=False), rewards):
         for ax, key, title in zip(row, ("score", "gold"), ("reward model's score", "gold score")):
-            for i, name in enumerate(sorted(name for name in groups if name.split(",")[0] == reward)):
+            for i, name in enumerate(name for name in groups if name.split(",")[0] == reward):
                 for number, curves in enumerate(groups[name]):
                     kl, y = [smoothed(curves)[which] for which in ("kl", key)]
                     label = name.split(", ")[1] if number == 0 else ""
-                    ax.plot(np.sqrt(np.maximum(kl, 0)), y, color=f"C{i}", alpha=0.6, label=label)
-            ax.set_title(f"{reward.replace('model', 'model of width')}: {title}")
-            ax.set_xlabel("square root of the KL from the SFT model (nats)")
+                    ax.plot(kl, y, color=f"C{i}", alpha=0.6, label=label)
+                    ax.plot(kl[-1], y[-1], "o", color=f"C{i}", markersize=5)
+            ax.plot([], [], "o", color="grey", label="last update of a seed")
+            ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+            ax.set_xticks([0, 1, 2, 4, 8, 16, 24])
+            ax.set_title(f"{reward}: {title}")
+            ax.set_xlabel("KL from the SFT model (nats per response; root scale)")
+            ax.set_ylabel(title)
             ax.legend()
             ax.grid(alpha=0.3)
     save_figure(figure, path)
