@@ -35,7 +35,6 @@ import sys
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from itertools import combinations
 from pathlib import Path
 from runpy import run_path
 from typing import Literal, Optional
@@ -179,9 +178,11 @@ class Judge:
         self.openai = openai
         self.args = args
         self.limit_name = "max_tokens"
-        self.replies = 0  # all replies of this run
+        self.replies = 0  # all replies of this run, refusals of a post included
+        self.failed = 0  # questions that failed since the last reply
         self.readable = readable  # readable replies, those of earlier runs included
-        host = urlsplit(args.judge_base_url).hostname
+        with refuse_on_error(f"--judge_base_url {args.judge_base_url} is no address"):
+            host = urlsplit(args.judge_base_url).hostname
         self.key = os.environ.get(args.judge_key_variable, "").strip()  # a key read from a file brings its newline
         if host == "api.openai.com" and not self.key or not (self.key.isascii() and self.key.isprintable()):
             refuse(f"the environment variable {args.judge_key_variable} (--judge_key_variable) holds no valid key")
@@ -193,7 +194,7 @@ class Judge:
                 base_url=args.judge_base_url,
                 api_key=self.key,
                 timeout=args.judge_timeout,
-                max_retries=args.max_retries,  # with growing pauses, or those that Retry-After asks for
+                max_retries=args.max_retries,  # with growing pauses, or those of Retry-After, up to two minutes
                 http_client=openai.DefaultAsyncHttpxClient(trust_env=False) if local else None,
             )
 
@@ -208,12 +209,23 @@ class Judge:
         text = self.one_line(error)
         status = getattr(error, "status_code", None)
         if status in (400, 413, 422) and any(word in f"{error.code} {text}".lower() for word in REFUSALS):
+            self.count_reply(text)
             return text
-        if status is not None and 400 <= status < 500 and status not in (408, 409):
+        if status is not None and 400 <= status < 500 and status not in (408, 409, 429):
             raise JudgeError(f"the judge {self.args.judge_model}: {HINTS.get(status, HINTS[400])} ({text})")
-        if self.replies == replies:  # since this question was first asked, no other got a reply either
-            raise JudgeError(f"no reply from --judge_base_url {self.args.judge_base_url} in all tries ({text})")
+        self.failed += 1
+        # Since this question was first asked, no other got a reply either. A server that is there may fail at one post.
+        if self.replies == replies and (status in (None, 429) or self.failed >= 3):
+            hint = HINTS.get(status, "no reply in all tries")
+            raise JudgeError(f"--judge_base_url {self.args.judge_base_url}: {hint} ({text})")
         return text
+
+    def count_reply(self, last: str):
+        """JudgeError where none of many replies could be read: such a judge is unfit, and costs money all the same."""
+        self.replies += 1
+        self.failed = 0
+        if self.readable == 0 and self.replies >= 40:
+            raise JudgeError(f"none of the judge's first 40 replies can be read, see --judge_max_tokens: {last[:300]}")
 
     async def complete(self, prompt: str) -> tuple[str, Optional[str]]:
         """One request, which the client repeats while it fails; text and finish_reason of the reply."""
@@ -253,13 +265,10 @@ class Judge:
                 verdict |= {"error": self.one_line(error), "tries": tries}
                 letter = None
                 await asyncio.sleep(min(8.0, 0.5 * tries))  # the server is in trouble: give it time
-            self.replies += 1
+            self.readable += letter is not None
+            self.count_reply(str(verdict))
             if letter is not None:
-                self.readable += 1
                 return verdict | {"preferred": "response" if letter == shown else "reference"}
-            if self.readable == 0 and self.replies >= 40:  # such a judge is unfit, and costs money all the same
-                last = str(verdict)[:300]
-                raise JudgeError(f"none of the judge's first 40 replies can be read, see --judge_max_tokens: {last}")
         return verdict
 
 
@@ -272,6 +281,8 @@ async def judge_all(questions: dict[Key, str], judge: Judge, identity: dict, fil
         async with slots:
             verdict = await judge.ask(prompt, shown)
         # With the digest of its question a verdict can be used again, as long as neither text nor prompt has changed.
+        # Detail 18 (agreement): benchmark/judges/judge_agreement.py compares two judges by these lines, a reward model
+        # and an LLM, say. The published agreement is low at 1B and rises with size.
         about = {"samples": path, "id": post_id, "response_was_shown_as": shown, "question_sha256": sha256(prompt)}
         file.write(json.dumps(about | verdict | identity).encode("ascii") + b"\n")
         file.flush()  # now a killed process loses only the questions in flight
@@ -285,7 +296,8 @@ async def judge_all(questions: dict[Key, str], judge: Judge, identity: dict, fil
 # What a badly configured server leaves in a reply: </s>, <|im_end|>, <end_of_turn>.
 SPECIAL_TOKENS = r"</?s>|<eos>|<(?:start|end)_of_turn>|<[|｜][^<>]*[|｜]>"
 # A word that may take back the letter before it: "A, but B is close".
-DOUBT = r"\b(?:[AB]|(?i:n?or|not?|neither|none|both|either|ties?|tied|equal(?:ly)?|but|(?:al)?though|however))\b"
+DOUBT = r"n?or|not?|neither|none|both|either|ties?|tied|equal(?:ly)?|but|(?:al)?though|however|draw|hard|unsure|unclear"
+DOUBT = rf"\b(?:[AB]|(?i:{DOUBT}))\b"
 
 
 def read_letter(claim: str, reason_allowed: bool) -> Optional[str]:
@@ -313,7 +325,7 @@ def read_verdict(reply: str) -> Optional[str]:
     reply = re.sub(SPECIAL_TOKENS, "", reply)
     reply = re.sub(r"""[*_`"'“”‘’\[\]{}<>#\\]|\((?=[AB]\))|(?<=\([AB])\)""", "", reply).strip()
     # A claim ends with its line, or where the next one begins.
-    label = r"\bpreferred(?: summary| option)?\s*(?:[:=]|is\b)\s*"
+    label = r"(?<!not )(?<!less )\bpreferred(?: summary| option)?\s*(?:[:=]|is\b)\s*"
     claims = re.findall(label + r"((?:(?!\bpreferred\b).)*)", reply, re.IGNORECASE)
     letters = [read_letter(claim.strip(), True) for claim in claims] or [read_letter(reply, False)]
     # The last line counts, as an earlier one may repeat the instructions; but two that disagree are no verdict.
@@ -362,17 +374,17 @@ def log_length_ratio(response_length, reference_length):
 def fit_logistic(x: np.ndarray, y: np.ndarray) -> tuple[Optional[float], Optional[float], str]:
     """Fit P(win) = sigmoid(intercept + slope x) by maximum likelihood; y (n,) in {0, 0.5, 1}, a tie half of each.
     Returns (intercept, slope, "") or (None, None, why there is no fit). A fit exists if and only if wins and losses
-    overlap in x: without overlap the likelihood grows for ever with the slope, and any number would be made up."""
+    overlap in x: otherwise the likelihood has no maximum, or none that is unique, and any number would be made up."""
     # The win rate at equal length, x = 0, is sigmoid(intercept): what is left without the judge's taste for length, as
     # in the length-controlled AlpacaEval (arXiv 2404.04475), with the length as the only feature.
     wins, losses = x[y > 0], x[y < 1]  # a tie is in both
     if not (len(wins) and len(losses) and wins.min() < losses.max() and losses.min() < wins.max()):
-        return None, None, "wins and losses do not overlap in length"
+        return None, None, "wins and losses do not overlap in length, or all lengths are equal"
     from sklearn.linear_model import LogisticRegression
     # Each post is there twice, as a win with weight y and as a loss with weight 1 - y. C = inf: no penalty.
     labels = np.repeat([1, 0], len(x))  # (2n,)
     weights = np.concatenate([y, 1 - y])  # (2n,)
-    fit = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-8)
+    fit = LogisticRegression(C=np.inf, tol=1e-8, max_iter=1000)
     fit.fit(np.tile(x, 2)[:, None], labels, weights)  # features (2n, 1)
     return float(fit.intercept_[0]), float(fit.coef_[0, 0]), ""
 
@@ -404,25 +416,12 @@ def length_bins(x: np.ndarray, scores: np.ndarray) -> list[dict]:
     return bins
 
 
-def agreement(a: list[float], b: list[float]) -> dict:
-    """How far two lists of scores of the same posts coincide: their share, and Cohen's kappa (None if undefined)."""
-    # Detail 18 (agreement): a share alone flatters judges who nearly always say the same; kappa takes chance out. The
-    # published agreement of reward models with an LLM judge is low at 1B and rises with size.
-    if len(a) == 0:
-        return {"n": 0, "agreement": None, "kappa": None}
-    from sklearn.metrics import cohen_kappa_score
-    classes = np.multiply(2, [a, b]).astype(int)  # (2, n): loss 0, tie 1, win 2
-    kappa = float(cohen_kappa_score(*classes)) if np.ptp(classes) > 0 else None
-    return {"n": len(a), "agreement": float(np.mean(np.equal(a, b))), "kappa": kappa}
-
-
 def summarise(samples: dict[str, Rows], verdicts: dict[Key, str], measure, unit: str, args: Args) -> dict:
-    """The figures of every file, and the agreement between each two of them. A post with an unparsed verdict is only in
-    `unparsed` and in `position_bias`, which is about single verdicts: the share of A, 0.5 for a fair judge."""
+    """The figures of every file. A post with an unparsed verdict is only in `unparsed` and in `position_bias`, which is
+    about single verdicts: the share of A, 0.5 for a fair judge."""
     files = {}
-    scores = {}
     for path, rows in samples.items():
-        scores[path] = {}
+        scores = []
         lengths = []
         is_a = []  # whether A was preferred, per verdict
         for post_id, row in rows.items():
@@ -432,9 +431,9 @@ def summarise(samples: dict[str, Rows], verdicts: dict[Key, str], measure, unit:
             is_a += [(p == "response") == (letter == "A") for p, letter in zip(found, shown) if p is not None]
             score = post_score(found)
             if score is not None:
-                scores[path][post_id] = score
+                scores.append(score)
                 lengths.append([measure(row["response"]), measure(row["reference"])])
-        y = np.array(list(scores[path].values()))  # (n,)
+        y = np.array(scores)  # (n,)
         response, reference = np.array(lengths).reshape(-1, 2).T  # (n,) each
         x = log_length_ratio(response, reference)  # (n,)
         intercept, slope, why_not = fit_logistic(x, y)
@@ -447,20 +446,15 @@ def summarise(samples: dict[str, Rows], verdicts: dict[Key, str], measure, unit:
             "losses": int((y == 0).sum()),
             "unparsed": len(rows) - len(y),
             "position_bias": sum(is_a) / len(is_a) if is_a else None,
-            "mean_response_tokens": float(response.mean()) if len(y) else None,
-            "mean_reference_tokens": float(reference.mean()) if len(y) else None,
+            "mean_response_length": float(response.mean()) if len(y) else None,
+            "mean_reference_length": float(reference.mean()) if len(y) else None,
             "length_controlled_win_rate": None if intercept is None else float(1 / (1 + np.exp(-intercept))),
             "length_controlled_ci95": None if intercept is None else equal_length_interval(x, intercept, slope),
             "length_fit": {"intercept": intercept, "slope": slope, "why_not": why_not or None},
             "by_length": length_bins(x, y),
             "length_unit": unit,
         }
-    agreements = {}
-    for a, b in combinations(samples, 2):
-        # The same id names the same post only if the query is the same too.
-        both = [i for i in scores[a] if i in scores[b] and samples[a][i]["query"] == samples[b][i]["query"]]
-        agreements[f"{a} | {b}"] = agreement([scores[a][i] for i in both], [scores[b][i] for i in both])
-    return {"samples": files, "agreement": agreements}
+    return {"samples": files}
 
 
 # ---- Input: flags, samples, template, tokenizer ----------------------------------------------------------------------
@@ -579,8 +573,6 @@ def print_summary(summary: dict):
         say(f"{path}: {', '.join(figures)}")
         if result["unparsed"]:
             say("  unparsed posts are in no figure but position_bias; the same command asks them again")
-    for pair, result in summary["agreement"].items():
-        say(f"{pair}: {result}")
 
 
 # ---- What every long run needs ---------------------------------------------------------------------------------------
@@ -674,8 +666,7 @@ def main():
     kept = f"the verdicts are kept in {path}, and the same command goes on from there"
     try:
         with claim_folder(args.output_dir):
-            # 2. See what earlier runs have left to ask. The flags are written before the first question, so that a
-            # verdict can always be traced to the run that asked for it.
+            # 2. See what earlier runs have left to ask. The flags are written before the first question.
             verdicts = load_verdicts(path, questions, identity)
             missing = {key: prompt for key, prompt in questions.items() if key not in verdicts}
             record = {"script": "eval_judge.py", "args": asdict(args), "command": sys.argv}

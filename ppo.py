@@ -1016,9 +1016,9 @@ def log_metrics(metrics: dict, args, accelerator: Accelerator):
         fail(f"{', '.join(broken)} not finite at episode {metrics['episode']}: check data and weights, or lower --lr")
     path = f"{args.output_dir}/metrics.jsonl"
     if accelerator.is_main_process:
-        with explain(f"{path} cannot be written: make room, then continue with --resume"):
-            with open(path, "a", encoding="utf-8") as file:  # closed after every line, so that a kill loses none
-                file.write(json.dumps(metrics) + "\n")
+        message = f"{path} cannot be written: make room, then continue with --resume"
+        with explain(message), open(path, "a", encoding="utf-8") as file:  # closed after every line: a kill loses none
+            file.write(json.dumps(metrics) + "\n")
     accelerator.log(metrics, step=metrics["episode"])
 
 
@@ -1044,13 +1044,12 @@ def main():
     reward_tokenizer = load_tokenizer(reward_path, "--reward_model_path")
     if reward_tokenizer.get_vocab() != tokenizer.get_vocab() or reward_tokenizer.eos_token != tokenizer.eos_token:
         fail(f"--reward_model_path {reward_path}: its tokenizer is not that of --sft_model_path {sft_path}")
-    posts = load_posts(args, "train", tokenizer, accelerator)
+    posts = load_posts(args, "train", tokenizer, accelerator) if args.total_episodes > 0 else []
     eval_posts = load_posts(args, args.eval_split, tokenizer, accelerator) if args.run_eval else []
 
     # 3. The networks, which share no parameters, and the optimizer.
     positions = max(args.max_query_length + args.response_length, args.max_query_response_length * args.run_eval)
     policy = load_causal_lm(sft_path, tokenizer, positions, "--sft_model_path")
-    ref_policy = load_causal_lm(sft_path, tokenizer, positions, "--sft_model_path")
     value_model = ScalarModel(load_classifier(reward_path, tokenizer, positions, "--reward_model_path"))
     reward_model = ScalarModel(load_classifier(reward_path, tokenizer, positions, "--reward_model_path"))
     if args.gradient_checkpointing:
@@ -1066,6 +1065,7 @@ def main():
     # Detail 20 (settings): eps 1e-5, weight decay 0.01, no gradient clipping, no entropy bonus.
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=args.eps, weight_decay=0.01, fused=True)
     model, optimizer = accelerator.prepare(model, optimizer)
+    ref_policy = load_causal_lm(sft_path, tokenizer, positions, "--sft_model_path")
     ref_policy = prepare_frozen(args, accelerator, ref_policy)
     reward_model = prepare_frozen(args, accelerator, reward_model)
     nets = Networks(model, ref_policy, reward_model, tokenizer)

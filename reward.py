@@ -109,7 +109,7 @@ class Args:
     wandb_entity: Optional[str] = None  # team or user that owns the tracked run; default: yours
 
 
-# Flags that --resume may change. Those that change the shapes of batches change rounding, and what is sampled.
+# Flags that --resume may change. Those that change the shapes of batches change rounding.
 MAY_CHANGE = """exp_name output_dir resume save_every keep local_micro_batch_size gradient_accumulation_steps
     max_cnndm_query_length max_cnndm_response_length max_cnndm_query_response_length gradient_checkpointing run_eval
     eval_split max_eval_rows local_eval_batch_size track wandb_project_name wandb_entity""".split()
@@ -278,6 +278,7 @@ def evaluate(args, accelerator: Accelerator, model: RewardModel, pad_token_id: i
     report["accuracy on CNN/DM by batch"] = accuracy_rows(news.margin, news.batch)
     report["calibration"] = accuracy_rows(table.margin, pd.cut(table.margin.abs(), MARGIN_EDGES, right=False))
     scores = pd.DataFrame({"raw": raw, "normalised": raw - offset}).describe([0.05, 0.25, 0.5, 0.75, 0.95])
+    scores = scores.fillna(0.0)  # the standard deviation of one score
     report["scores of reference summaries"] = scores.T.reset_index(names="scores").to_dict("records")
     for title, rows in report.items():
         if rows:
@@ -516,14 +517,14 @@ def read_comparison(row: dict) -> dict:
     it cannot be used, or ""; and what the evaluation groups by: `id`, `batch`, `confidence`, `policies` ("": unknown).
     """
     pair = dict.fromkeys(("id", "batch", "confidence", "policies", "problem"), "")
-    if "chosen" in row:  # the schema of most preference sets: prompt, chosen, rejected
-        texts = [row.get("prompt"), row["chosen"], row.get("rejected")]
+    if row.get("summaries") is None:  # the schema of most preference sets: prompt, chosen, rejected
+        texts = [row.get("prompt"), row.get("chosen"), row.get("rejected")]
         prompt = str(texts[0]).strip()
         tail = "\n\nTL;DR:" if prompt.endswith("TL;DR:") else ""
         pair["query"] = ("", prompt.removesuffix("TL;DR:").strip(), tail)
-    else:  # OpenAI's schema: info, summaries, choice
+    else:  # OpenAI's schema: info, summaries, choice. The paper's set has columns chosen and rejected beside them
         info, extra = [row[name] if isinstance(row.get(name), dict) else {} for name in ("info", "extra")]
-        summaries = row["summaries"] if isinstance(row.get("summaries"), list) else []
+        summaries = row["summaries"] if isinstance(row["summaries"], list) else []
         summaries = [summary for summary in summaries if isinstance(summary, dict)]
         pair["id"] = str(info.get("id") or "")
         pair["batch"] = str(row.get("batch") or "")
@@ -540,7 +541,7 @@ def read_comparison(row: dict) -> dict:
             # Truncated including the last newline, which is stripped after that, as in the published code.
             pair["query"] = ("Article:\n", texts[0], "\n\nTL;DR:\n")
         if not is_text(subreddit) or not is_text(title):
-            texts = []
+            return pair | {"problem": "subreddit or title is not a text"}
     if len(texts) != 3 or not all(is_text(text) and text.strip() for text in texts):
         return pair | {"problem": "post, article or prompt, or one of two summaries, is missing or not a text"}
     pair["chosen"] = texts[1]
@@ -585,8 +586,9 @@ def load_comparisons(args, split: str, tokenizer, limits: tuple, news_limits: tu
     where = f"--label_dataset {args.label_dataset}, {split}"
     for number, row in enumerate(rows):
         # One odd choice means another convention (1 and 2, true and false), and then all pairs may be inverted.
-        if "chosen" not in row and (isinstance(row.get("choice"), bool) or row.get("choice") not in (0, 1)):
-            fail(f"{where}: row {number} has choice {row.get('choice')!r}: needed are only 0 and 1")
+        choice = row.get("choice")
+        if row.get("summaries") is not None and (isinstance(choice, bool) or choice not in (0, 1)):
+            fail(f"{where}: row {number} has choice {choice!r}: needed are only 0 and 1")
     return keep_usable([tokenize_comparison(row, tokenizer, limits, news_limits) for row in rows], where, accelerator)
 
 
@@ -781,9 +783,9 @@ def log_metrics(metrics: dict, args, accelerator: Accelerator):
         fail(f"{', '.join(broken)} not finite at episode {metrics['episode']}: check data and weights, or lower --lr")
     path = f"{args.output_dir}/metrics.jsonl"
     if accelerator.is_main_process:
-        with explain(f"{path} cannot be written: make room, then continue with --resume"):
-            with open(path, "a", encoding="utf-8") as file:  # closed after every line, so that a kill loses none
-                file.write(json.dumps(metrics) + "\n")
+        message = f"{path} cannot be written: make room, then continue with --resume"
+        with explain(message), open(path, "a", encoding="utf-8") as file:  # closed after every line: a kill loses none
+            file.write(json.dumps(metrics) + "\n")
     accelerator.log(metrics, step=metrics["episode"])
 
 
@@ -801,8 +803,10 @@ def main():
         path = f"{path}/model"
     tokenizer = load_tokenizer(path, flag)
     limits = (args.max_query_length, args.max_response_length, args.max_query_response_length)
-    pairs = load_comparisons(args, "train", tokenizer, limits, limits, accelerator)
-    posts = load_posts(args, "train", tokenizer, accelerator)
+    only_evaluate = args.total_episodes == 0
+    pairs = [] if only_evaluate else load_comparisons(args, "train", tokenizer, limits, limits, accelerator)
+    new_offset = not (only_evaluate and args.reward_model_path)  # a reward model that is only evaluated keeps its own
+    posts = load_posts(args, "train", tokenizer, accelerator) if new_offset else []
     episodes = len(pairs) * args.num_train_epochs if args.total_episodes is None else args.total_episodes
     num_updates = episodes // batch_size
     accelerator.print(f"{num_updates} updates of {batch_size} pairs (the paper's batch: 64)")
@@ -834,7 +838,7 @@ def main():
     summary = {"updates": num_updates, "episodes": num_updates * batch_size, "time/total": time.time() - started}
     model = accelerator.unwrap_model(model)
     config = model.classifier.config
-    if num_updates > 0 or not args.reward_model_path:  # a model that is only evaluated keeps its offset
+    if new_offset:
         normalize(args, accelerator, model, tokenizer.pad_token_id, posts)
     summary["normalization_offset"] = config.normalization_offset
     summary["normalization_rows"] = getattr(config, "normalization_rows", None)

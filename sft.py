@@ -649,9 +649,9 @@ def log_metrics(metrics: dict, args, accelerator: Accelerator):
         fail(f"{', '.join(broken)} not finite at episode {metrics['episode']}: check data and weights, or lower --lr")
     path = f"{args.output_dir}/metrics.jsonl"
     if accelerator.is_main_process:
-        with explain(f"{path} cannot be written: make room, then continue with --resume"):
-            with open(path, "a", encoding="utf-8") as file:  # closed after every line, so that a kill loses none
-                file.write(json.dumps(metrics) + "\n")
+        message = f"{path} cannot be written: make room, then continue with --resume"
+        with explain(message), open(path, "a", encoding="utf-8") as file:  # closed after every line: a kill loses none
+            file.write(json.dumps(metrics) + "\n")
     accelerator.log(metrics, step=metrics["episode"])
 
 
@@ -667,7 +667,7 @@ def main():
     if os.path.isdir(f"{path}/model"):  # the output folder of a run
         path = f"{path}/model"
     tokenizer = load_tokenizer(path, "--base_model")
-    posts = load_posts(args, "train", tokenizer, accelerator)
+    posts = load_posts(args, "train", tokenizer, accelerator) if args.total_episodes != 0 else []
     eval_posts = load_posts(args, args.eval_split, tokenizer, accelerator) if args.run_eval else []
     episodes = len(posts) * args.num_train_epochs if args.total_episodes is None else args.total_episodes
     num_updates = episodes // batch_size

@@ -78,7 +78,7 @@ stage ppo ppo.py "${common[@]}" --sft_model_path "$OUT/sft" --reward_model_path 
 
 # Against the human references, and PPO against SFT. For an LLM judge, the same eval_judge.py with its --judge_model.
 judge=(benchmark/judges/reward_judge.py --reward_model_path "$OUT/judge_model/model" --port 0 --
-       python eval_judge.py --judge_base_url URL --judge_model model --tokenizer "$OUT/sft/model" --concurrency 4)
+       python eval_judge.py --judge_base_url URL --judge_model "$OUT/judge_model/model" --tokenizer "$OUT/sft/model" --concurrency 4)
 sft=$OUT/sft/samples_$SPLIT.csv
 ppo=$OUT/ppo/samples_$SPLIT.csv
 stage judge "${judge[@]}" --samples "$sft" "$ppo"

@@ -3,7 +3,8 @@ How far two judges agree on the same samples (detail 18): a reward model and an 
 
     python eval_judge.py --judge_model MODEL ... --output_dir judge_llm                       # as always
     python benchmark/judges/reward_judge.py --reward_model_path models/reward/model --port 8901 &
-    python eval_judge.py --judge_base_url http://127.0.0.1:8901/v1 --judge_model model ... --output_dir judge_rm
+    python eval_judge.py --judge_base_url http://127.0.0.1:8901/v1 --judge_model models/reward/model \\
+        ... --output_dir judge_rm
     python benchmark/judges/judge_agreement.py judge_llm judge_rm
 
 Reads verdicts.jsonl of both folders. Per samples file that both have judged: the number of posts with a readable
@@ -15,10 +16,12 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+from sklearn.metrics import cohen_kappa_score
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from eval_judge import agreement, refuse  # noqa: E402
+from eval_judge import refuse  # noqa: E402
 
 
 def read_results(folder):
@@ -32,6 +35,14 @@ def read_results(folder):
     verdicts["won"] = verdicts.preferred.map({"response": 1.0, "reference": 0.0})  # NaN where it is unparsed
     # A post with an unreadable order has no result.
     return verdicts.groupby(["samples", "id"]).won.agg(lambda orders: orders.mean(skipna=False)).dropna()
+
+
+def agreement(a: list[float], b: list[float]) -> dict:
+    """How far two lists of scores of the same posts coincide: their share, and Cohen's kappa (None if undefined)."""
+    # A share alone flatters judges who nearly always say the same; kappa takes chance out.
+    classes = np.multiply(2, [a, b]).astype(int)  # (2, n): loss 0, tie 1, win 2
+    kappa = float(cohen_kappa_score(*classes)) if np.ptp(classes) > 0 else None
+    return {"n": len(a), "agreement": float(np.mean(np.equal(a, b))), "kappa": kappa}
 
 
 def main():

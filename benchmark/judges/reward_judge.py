@@ -6,17 +6,16 @@ other comparisons than the policy's own shares the blind spots of its kind, but 
 verdict tomorrow. Never judge a policy with the reward model that it was trained against.
 
     python benchmark/judges/reward_judge.py --reward_model_path models/rm/model --port 8000
-    python eval_judge.py --samples ... --judge_base_url http://127.0.0.1:8000/v1 --judge_model model
+    python eval_judge.py --samples ... --judge_base_url http://127.0.0.1:8000/v1 --judge_model models/rm/model
 
     # The same in one command: what follows -- runs beside the server, and URL in it becomes the server's.
     python benchmark/judges/reward_judge.py --reward_model_path models/rm/model --port 0 -- \\
-        python eval_judge.py --samples ... --judge_base_url URL --judge_model model
+        python eval_judge.py --samples ... --judge_base_url URL --judge_model models/rm/model
 
 It scores each text as the scripts do: post, space, summary, EOS, the score read at EOS, each text a forward pass
 without padding. Equal scores are given to A; judged in both orders, that is a tie.
 """
 
-import os
 import sys
 import threading
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from benchmark.tiny_world.tiny_env import fail  # noqa: E402
 @dataclass
 class Args:
     reward_model_path: str
-    """folder of the reward model, a sequence classifier with one label, and its tokenizer; it is served by its name"""
+    """folder of the reward model, a sequence classifier with one label, and its tokenizer; also the name of the judge"""
     port: int = 8000  # port to listen on; 0 takes a free one, which the line printed at the start names
 
 
@@ -92,7 +91,7 @@ def main():
     command = take_command()
     args = tyro.cli(Args, use_underscores=True, description=__doc__)
     judge = RewardJudge(args.reward_model_path)
-    serve(args.port, os.path.basename(os.path.abspath(args.reward_model_path)), judge.reply, command)
+    serve(args.port, args.reward_model_path, judge.reply, command)
 
 
 if __name__ == "__main__":

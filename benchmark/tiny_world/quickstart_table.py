@@ -66,7 +66,7 @@ def collect(folder: Path, split: str, facts_of: dict) -> dict:
     judged = read_json(folder / "judge" / "summary.json")["samples"]
     for path, found in judged.items():
         stage, gold = Path(path).parent.name, measure(pd.read_csv(path, keep_default_na=False), facts_of)
-        record |= {f"{stage}/length": found["mean_response_tokens"], f"{stage}/gold": gold["gold"]}
+        record |= {f"{stage}/length": found["mean_response_length"], f"{stage}/gold": gold["gold"]}
         for name in ("win_rate", "win_rate_ci95", "length_controlled_win_rate"):
             record[f"{stage}/{name}"] = found[name]
         for name in ("gold_ci95", "invented_share", "win_rate_thorough"):

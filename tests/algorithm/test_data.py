@@ -266,6 +266,14 @@ def test_comparisons_follow_the_choice(tokenizer):
     assert {row["choice"] for row in rows} == {0, 1}
 
 
+def test_the_published_set_has_columns_of_both_schemas(tmp_path):
+    """`chosen` and `rejected`, with EOS as text, stand beside `info`, `summaries` and `choice`, without a prompt."""
+    tokenizer, rows = make_tokenizer(), make_pairs(20, 24)
+    write_rows(tmp_path / "train.parquet", [row | {"chosen": " a" + EOS, "rejected": " b" + EOS} for row in rows])
+    for pair, expected in zip(load_pairs(tmp_path, tokenizer), compare(rows, tokenizer), strict=True):
+        assert all((pair[name] == expected[name]).all() for name in ("chosen", "rejected"))
+
+
 def test_prompt_chosen_rejected(tmp_path):
     """The schema of most preference sets: the same ids as OpenAI's, and cut by the same rule."""
     tokenizer, rows, others = make_tokenizer(), make_pairs(20, 21), []
@@ -315,7 +323,8 @@ def test_unusable_comparisons_are_named_and_counted(tmp_path, capsys):
     assert [pair["id"] for pair in pairs] == [row["info"]["id"] for row in good]
     assert [pairs[2][name] for name in ("batch", "confidence", "policies")] == ["", "", "unknown | unknown"]
     out = capsys.readouterr().out
-    reasons = ("3 of 16 rows can be used", "12 x post, article", "1 x the summaries are the same (first id: t3_24_0)")
+    reasons = ("3 of 16 rows can be used", "11 x post, article", "1 x subreddit or title")
+    reasons += ("1 x the summaries are the same (first id: t3_24_0)",)
     assert all(reason in out for reason in reasons)
 
 

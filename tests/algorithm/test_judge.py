@@ -107,7 +107,8 @@ READABLE = {
           "<think>Preferred: B?</think>\nPreferred: A", "So, B? No.\nPreferred: B</think>Preferred: A",
           "Comparison: A is preferred: it is short. Preferred: A", "The preferred summary is A."],
     "B": ["B", "b.", "Preferred: B since it has the question", "Preferred: B)", "Preferred: B<end_of_turn>"],
-    None: ["", " ", "A or B", "A\nB", "AB", "Abe", "I like A", "Both are good.", "Preferred:", "Preferred: A or B",
+    None: ["Not preferred: A", "Less preferred: A", "Preferred: A, it's a draw", "Preferred: A, hard to say",
+           "", " ", "A or B", "A\nB", "AB", "Abe", "I like A", "Both are good.", "Preferred:", "Preferred: A or B",
            "Preferred: A/B", "Preferred: Neither", "Preferred: C", "Preferred: A and B are equal", "Preferred: A?",
            "A comparison shows that both are good", "Preferred: A comparison is hard", "Preferred: A\nPreferred: B",
            "Preferred: A. Preferred: B", "Preferred: A, but B is close", "Preferred: A - or B", "Preferred: not A",
@@ -157,7 +158,8 @@ def test_logistic_fit_is_where_the_likelihood_is_flat_or_not_at_all():
         assert (np.mean(p - y), np.mean((p - y) * z)) == pytest.approx((0, 0), abs=1e-6) and slope > 0
     x = np.array([-1.0, 0, 1, 2])
     for y in ([0, 0, 1, 1], [1, 1, 0, 0], [0, 0.5, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0]):
-        assert ej.fit_logistic(x, np.array(y, dtype=float)) == (None, None, "wins and losses do not overlap in length")
+        *nothing, why = ej.fit_logistic(x, np.array(y, dtype=float))
+        assert nothing == [None, None] and "overlap" in why
     assert ej.fit_logistic(np.zeros(3), np.array([0, 1, 0.5]))[0] is ej.fit_logistic(x[:0], x[:0])[0] is None
     assert ej.fit_logistic(x, np.full(4, 0.5))[:2] == pytest.approx((0, 0), abs=1e-6)  # ties only: half everywhere
     assert 0 < ej.fit_logistic(x, np.array([0, 1, 0, 1.0]))[1] < np.inf  # the smallest overlap has a fit
@@ -186,14 +188,6 @@ def test_length_bins_against_a_slow_count():
     assert ej.log_length_ratio([40, 0], [20, 2]) == pytest.approx([0.693147, -0.693147])  # an empty text counts as one
 
 
-def test_agreement_and_kappa_by_hand():
-    # Of 10 posts 7 agree. a: 5 wins 2 ties 3 losses; b: 4 wins 3 ties 3 losses. Chance (20 + 6 + 9) / 100 = 0.35.
-    a = [1, 1, 1, 1, 1, 0.5, 0.5, 0, 0, 0]
-    b = [1, 1, 1, 0.5, 0, 0.5, 0.5, 0, 0, 1]
-    assert ej.agreement(a, b) == pytest.approx({"n": 10, "agreement": 0.7, "kappa": (0.7 - 0.35) / 0.65})
-    assert ej.agreement([1, 1], [1, 1])["kappa"] is ej.agreement([], [])["kappa"] is None
-
-
 # ---- The whole script, with a judge that behaves ---------------------------------------------------------------------
 def test_two_files_give_the_figures_that_a_slow_count_gives(place):
     first, second = make_rows(30), make_rows(30, tag="p", seed=1)
@@ -208,14 +202,12 @@ def test_two_files_give_the_figures_that_a_slow_count_gives(place):
         assert (result["n"], result["unparsed"], result["ties"], result["wins"]) == (30, 0, 0, scores.sum())
         assert (result["win_rate"], result["position_bias"]) == (pytest.approx(scores.mean()), 0.5)
         for name in ("response", "reference"):
-            assert result[f"mean_{name}_tokens"] == pytest.approx(np.mean([len(row[name].split()) for row in rows]))
+            assert result[f"mean_{name}_length"] == pytest.approx(np.mean([len(row[name].split()) for row in rows]))
         assert result["win_rate_ci95"] == ej.bootstrap_interval(scores, 10000, 1)
         assert sum(b["n"] for b in result["by_length"]) == 30
         low, high = result["length_controlled_ci95"]
         assert 0 <= low < result["length_controlled_win_rate"] < high <= 1
         assert ascii(path)[1:-1] + f": win_rate {round(scores.mean(), 3)}" in out and "Traceback" not in err
-    same = np.mean(expected_scores(first) == expected_scores(second))
-    assert summary["agreement"][" | ".join(place.samples)]["agreement"] == pytest.approx(same)
     assert line["samples"] in place.samples and line["reply"].startswith("Comparison")
     assert line["prompt_sha256"] == summary["prompt_sha256"] and line["finish_reason"] == "stop"
     files = place.content()
@@ -320,7 +312,7 @@ def test_lengths_by_tokenizer_whose_own_code_never_runs(place, monkeypatch):
     with FakeJudge(lambda post, a, b: f"Preferred: {'A' if len(a) > len(b) else 'B'}") as server:
         result = place.judge(server, "--tokenizer", place.folder / "tok", "--max_samples", "2")
         assert {parts[1] for parts in server.asked} == {"abc", "a b", ""}  # an empty response is judged as it is
-        names = ("mean_response_tokens", "mean_reference_tokens", "length_unit")
+        names = ("mean_response_length", "mean_reference_length", "length_unit")
         assert [result[name] for name in names] == [(4 + 0) / 2, (4 + 4) / 2, "tokens"]
         # A folder that brings its own code: a "y" on stdin does not make it run.
         (place.folder / "own.py").write_text(f"open({str(place.folder / 'ran')!r}, 'w')")
@@ -411,6 +403,7 @@ def test_posts_without_a_verdict_are_counted_and_asked_again_next_time(place):
     faults = {"1": Fault(400, error_body("too long", code="context_length_exceeded")), "2": Fault(500)}
     with FakeJudge(better, fault=lambda text, _: faults.get(text.split("TITLE: post ")[1][0]), delay=0.1) as server:
         assert place.judge(server, "--max_retries", "1", "--concurrency", "4")["unparsed"] == 2
+        assert place.judge(server, "--max_retries", "1")["unparsed"] == 2  # not where there are no others to ask either
     errors = {(line["id"], line["error"][:15]) for line in place.lines() if line["preferred"] == "unparsed"}
     assert errors == {("t3_1", "Error code: 400"), ("t3_2", "Error code: 500")}
 
@@ -423,6 +416,9 @@ def test_a_judge_of_which_nothing_can_be_read_ends_the_run_early(place):
         assert "--judge_max_tokens" in line and "'finish_reason': 'length'" in line and len(server.requests) < 80
     with FakeJudge(better, fault=lambda *_: Fault(200, body=error_body("upstream is busy"))) as server:
         assert "upstream is busy" in place.stops(server, "--concurrency", "40") and len(server.requests) <= 80
+    refusal = Fault(400, error_body("too long", code="context_length_exceeded"))
+    with FakeJudge(better, fault=lambda *_: refusal) as server:  # every post is too long for it
+        assert "Error code: 400 - too long" in place.stops(server) and len(server.requests) < 80
     with FakeJudge(better, fault=lambda content, tries: None if tries else cut_off) as server:
         assert place.judge(server, "--concurrency", "8", "--max_samples", "20")["n"] == 20
 
@@ -440,7 +436,7 @@ def test_mistakes_that_no_retry_fixes_end_the_run_at_once(place):
     with socket.socket() as closed:  # bound but not listening: nobody answers here
         closed.bind(("127.0.0.1", 0))
         server.url = f"http://127.0.0.1:{closed.getsockname()[1]}/v1"
-        assert f"no reply from --judge_base_url {server.url}" in place.stops(server, "--max_retries", "1")
+        assert f"--judge_base_url {server.url}: no reply" in place.stops(server, "--max_retries", "1")
     server.url = "https://api.openai.com/v1"
     for key in ("", "sk-\u00e9"):
         assert "OPENAI_API_KEY" in place.stops(server, OPENAI_API_KEY=key)
@@ -459,10 +455,12 @@ def test_a_judge_that_breaks_down_later_leaves_what_it_said(place):
         kept = place.lines()
         assert 6 <= len(kept) <= 8
         broken[0] = Fault(500)
-        assert "500" in place.stops(server, *flags) and place.lines() == kept
+        assert "500" in place.stops(server, *flags) and place.lines()[: len(kept)] == kept
         broken.clear()
         assert place.judge(server)["win_rate"] == pytest.approx(expected_scores(rows).mean())
-    assert len(place.lines()) == 20 and place.lines()[: len(kept)] == kept
+    assert place.lines()[: len(kept)] == kept
+    read = [line for line in place.lines() if line["preferred"] != "unparsed"]
+    assert len(read) == 20
 
 
 def test_a_killed_or_interrupted_run_is_resumed_without_loss_or_double(place):

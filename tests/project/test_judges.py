@@ -156,3 +156,11 @@ def test_agreement_of_two_judges_by_hand(tmp_path):
     chance = 2 / 3 * 1 / 3 + 1 / 3 * 1 / 3  # of two wins, and of two losses
     kappa = pytest.approx((2 / 3 - chance) / (1 - chance))
     assert found == {"samples": "s.csv", "n": 3, "agreement": pytest.approx(2 / 3), "kappa": kappa}
+
+
+def test_agreement_and_kappa_by_hand():
+    # Of 10 posts 7 agree. a: 5 wins 2 ties 3 losses; b: 4 wins 3 ties 3 losses. Chance (20 + 6 + 9) / 100 = 0.35.
+    a = [1, 1, 1, 1, 1, 0.5, 0.5, 0, 0, 0]
+    b = [1, 1, 1, 0.5, 0, 0.5, 0.5, 0, 0, 1]
+    assert judge_agreement.agreement(a, b) == pytest.approx({"n": 10, "agreement": 0.7, "kappa": (0.7 - 0.35) / 0.65})
+    assert judge_agreement.agreement([1, 1], [1, 1])["kappa"] is None

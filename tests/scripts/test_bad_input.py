@@ -155,8 +155,8 @@ BAD = {
     "posts that cannot be cut": ("sft", {"--max_query_length": 4}, "4 query tokens"),
     "no split": ("ppo", {"--query_dataset": text("{}", "test.jsonl")}, "train"),
     "no choice": ("reward", {"--label_dataset": pairs(choice=None)}, "choice"),
-    "no prompt": ("reward", {"--label_dataset": pairs(chosen="a", rejected="b")}, "prompt"),
-    "chat messages": ("reward", {"--label_dataset": pairs(prompt="a", chosen=CHAT, rejected=CHAT)}, "text"),
+    "no prompt": ("reward", {"--label_dataset": pairs(summaries=None, chosen="a", rejected="b")}, "prompt"),
+    "chat messages": ("reward", {"--label_dataset": pairs(summaries=None, prompt="a", chosen=CHAT, rejected=CHAT)}, "text"),
     # Models.
     "no such model": ("sft", {"--base_model": MISSING}, "--base_model"),
     "no such SFT model": ("reward", {"--sft_model_path": "nobody/no-such-model"}, "--sft_model_path"),

@@ -6,6 +6,7 @@ effect, and that what should change nothing changes nothing.
 import dataclasses
 import json
 import math
+import shutil
 from collections import Counter
 from functools import partial
 
@@ -189,10 +190,13 @@ def test_tracked_run(flags, chain, tmp_path):
 
 # ---- The same, and nothing but the same ------------------------------------------------------------------------------
 def test_zero_episodes_only_evaluate(flags, chain, tmp_path):
-    """The figures that the stage itself has found; nothing is trained or saved."""
+    """The figures that the stage itself has found; nothing is trained or saved, and the training data are not read."""
     starts = {"sft": {"--base_model": chain.out.sft}, "reward": {"--reward_model_path": chain.out.reward}, "ppo": {}}
     for script, changes in starts.items():
         changes |= {"--total_episodes": 0, "--run_eval": None, "--output_dir": tmp_path / script}
+        for flag in {"--query_dataset", "--label_dataset"} & set(flags[script]):
+            shutil.copytree(flags[script][flag], tmp_path / f"data-{script}" / flag, ignore=shutil.ignore_patterns("train*"))
+            changes[flag] = tmp_path / f"data-{script}" / flag
         runner.run(script, flags[script] | changes)
         (found,) = read_metrics(tmp_path / script)
         if script != "ppo":
