@@ -531,7 +531,9 @@ def prepare_frozen(args, accelerator: Accelerator, model):
     model.requires_grad_(False).eval()
     deepspeed_engine = accelerator.distributed_type == DistributedType.DEEPSPEED
     if deepspeed_engine and args.bf16:
-        model = model.to(torch.bfloat16)  # as DeepSpeed does with the policy, so that KL starts at 0
+        # As DeepSpeed does with the policy, so that KL starts at 0: not the buffers, such as rotary frequencies.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
     if deepspeed_engine and args.offload:
         import deepspeed
 
@@ -973,6 +975,7 @@ def start_run(args, accelerator: Accelerator, record: dict, batch_size: int, dig
     if record.get("digest", digest) != digest:
         fail("--resume: the data or the initial model have changed since the run was started")
     folders = sorted(Path(args.output_dir, "checkpoints").glob("update_????????"))  # the newest last
+    folders = broadcast_object_list([folders])[0]  # the main process's: another node must see them too
     update = int(folders[-1].name[-8:]) if folders else 0
     if folders:
         with explain(f"{folders[-1]} cannot be loaded (same number of processes?); remove it to use the one before"):
@@ -1007,6 +1010,7 @@ def save_checkpoint(args, accelerator: Accelerator, update: int, num_updates: in
         accelerator.wait_for_everyone()
     for older in sorted(Path(folder).parent.glob("update_????????"))[: -args.keep] if main else []:
         shutil.rmtree(older)
+    accelerator.wait_for_everyone()  # here for up to two hours; DeepSpeed's own exchanges time out after ten minutes
 
 
 def log_metrics(metrics: dict, args, accelerator: Accelerator):

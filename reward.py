@@ -740,6 +740,7 @@ def start_run(args, accelerator: Accelerator, record: dict, batch_size: int, dig
     if record.get("digest", digest) != digest:
         fail("--resume: the data or the initial model have changed since the run was started")
     folders = sorted(Path(args.output_dir, "checkpoints").glob("update_????????"))  # the newest last
+    folders = broadcast_object_list([folders])[0]  # the main process's: another node must see them too
     update = int(folders[-1].name[-8:]) if folders else 0
     if folders:
         with explain(f"{folders[-1]} cannot be loaded (same number of processes?); remove it to use the one before"):
@@ -774,6 +775,7 @@ def save_checkpoint(args, accelerator: Accelerator, update: int, num_updates: in
         accelerator.wait_for_everyone()
     for older in sorted(Path(folder).parent.glob("update_????????"))[: -args.keep] if main else []:
         shutil.rmtree(older)
+    accelerator.wait_for_everyone()  # here for up to two hours; DeepSpeed's own exchanges time out after ten minutes
 
 
 def log_metrics(metrics: dict, args, accelerator: Accelerator):

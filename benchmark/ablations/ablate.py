@@ -450,7 +450,8 @@ def markdown(runs: list[dict], found: dict, variants: list[Variant]) -> str:
         gold = entry["gold"]
         share = {key: gold[key] and gold[key] / entry["gain"] for key in ("mean", "low", "high")}
         cells = [title, headers[name]["detail"], str(entry["n"]), cell(gold), cell(share, "+.1%")]
-        cells += [cell(entry[key]) for key in FIGURES[1:3]] + [cell(entry["ratio_first_dev"], "+.1e")]
+        ratio = entry["ratio_first_dev"]
+        cells += [cell(entry[key]) for key in FIGURES[1:3]] + [cell(ratio, "+.1e") if ratio.get("mean") != 0 else "0"]
         cells += [cell(entry["length"], "+.1f"), cell(entry["eos_share"], "+.2f")]
         cells += [f"{entry['p']:.2g}", f"{entry['corrected_p']:.2g}", str(entry["errors"]), entry["verdict"]]
         lines.append(f"| {' | '.join(cells)} |")

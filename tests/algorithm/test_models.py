@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+from accelerate import DistributedType
 from common import POSITIONS, assert_close, make_model_folder, make_pairs, make_posts, make_tokenizer, ppo
 from common import read_metrics, reward, run_inside, sft, write_rows
 from safetensors.torch import load_file, save_file
@@ -443,3 +444,15 @@ def test_pad_and_spare_rows_are_never_sampled(tmp_path, accelerator):
             text = [token for token in row if token != tokenizer.pad_token_id]
             assert row == text + [tokenizer.pad_token_id] * (30 - len(text)) and max(text) < tokenizer.pad_token_id
             assert len(text) == 30 or text[-1] == tokenizer.eos_token_id
+
+
+def test_a_frozen_model_in_bf16_keeps_its_rotary_frequencies():
+    """As DeepSpeed casts the policy: parameters, not buffers. Else the KL would not start at 0."""
+    config = AutoConfig.for_model("gpt_neox", vocab_size=40, **H | dict(num_attention_heads=1))
+    model = AutoModelForCausalLM.from_config(config)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    assert any((buffer != buffer.bfloat16()).any() for buffer in before.values())
+    accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, device="cpu")
+    frozen = ppo.prepare_frozen(SimpleNamespace(bf16=True, offload=False), accelerator, model)
+    assert {parameter.dtype for parameter in frozen.parameters()} == {torch.bfloat16}
+    assert all(torch.equal(buffer, before[name]) for name, buffer in frozen.named_buffers())
