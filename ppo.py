@@ -1069,6 +1069,7 @@ def main():
     # Detail 20 (settings): eps 1e-5, weight decay 0.01, no gradient clipping, no entropy bonus.
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=args.eps, weight_decay=0.01, fused=True)
     model, optimizer = accelerator.prepare(model, optimizer)
+    # Loaded last: by now the trained networks have left CPU memory for the device.
     ref_policy = load_causal_lm(sft_path, tokenizer, positions, "--sft_model_path")
     ref_policy = prepare_frozen(args, accelerator, ref_policy)
     reward_model = prepare_frozen(args, accelerator, reward_model)

@@ -226,22 +226,23 @@ def curves_by_variant(runs: list[dict]) -> dict[str, list[dict]]:
         if run["variant"].startswith("reward model") and "curves" in run:
             width, rest = run["variant"].removeprefix("reward model ").split(", ")
             name = f"reward model of {size_name(sizes[int(width)])}, {rest}"
-            groups[name].append(run["curves"] | {"test": run["gold"]})
+            groups[name].append(run["curves"] | {"test": run["gold"], "seed": run["seed"]})
     return groups
 
 
 def smoothed(curves: dict) -> dict:
     """Means over three updates: one is a small sample."""
-    return {name: np.convolve(values, np.ones(3) / 3, "valid") for name, values in curves.items()}
+    return {name: np.convolve(curves[name], np.ones(3) / 3, "valid") for name in CURVES if name in curves}
 
 
 def overoptimisation_table(runs: list[dict]) -> str:
-    """Per reward model and KL coefficient: the gold score at the start, at its peak and at the end, and what went along."""
+    """Per reward model and KL coefficient: the gold score at first, at its peak and at last, and what went along."""
     head = "seeds | gold score of test posts | gold: first, peak, last | RM score: first, at the peak, last"
     head += " | KL: at the peak, last | EOS share: least after the peak | entropy: first, at the peak, last"
     lines = [f"| policies against | {head} |", "|---|" + "---|" * (1 + head.count("|"))]
-    for name, curves in curves_by_variant(runs).items():
-        test = mean_interval([curve.pop("test") for curve in curves])
+    groups = curves_by_variant(runs)
+    for name, curves in groups.items():
+        test = mean_interval([curve["test"] for curve in curves])
         smooth = [smoothed(curve) for curve in curves]
         peaks = [int(np.argmax(curve["gold"])) for curve in smooth]
 
@@ -255,6 +256,14 @@ def overoptimisation_table(runs: list[dict]) -> str:
         cells = [str(len(curves)), cell(test, ".2f"), mean("gold", 0, "peak", -1), mean("score", 0, "peak", -1)]
         cells += [mean("kl", "peak", -1), f"{least:.2f}", mean("entropy", 0, "peak", -1)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines.append("")
+    for name, curves in groups.items():  # what the penalty is worth
+        reward, coefficient = name.rsplit(" ", 1)
+        without = {curve["seed"]: curve["test"] for curve in groups.get(f"{reward} {KL_COEFS[0]}", [])}
+        differences = [curve["test"] - without[curve["seed"]] for curve in curves if curve["seed"] in without]
+        if float(coefficient) > 0 and differences:
+            gain = cell(mean_interval(differences), "+.2f")
+            lines.append(f"- {name}: gold score of test posts minus that without penalty, paired by seed: {gain}")
     text = "Means over seeds; all but the first score are of the rollouts, averaged over three updates."
     return "\n".join([text, "", *lines])
 
@@ -296,8 +305,8 @@ def draw_sizes(sizes: dict, path: Path):
         for key, style, label in (("sft_bins", ":", ""), ("bins", "-", f"PPO, {name}")):
             sums = np.sum([run[key] for run in runs.values()], axis=0)  # (bins, 2)
             shown = sums[:, 1] >= 20
-            axes[5].plot(np.array(middles)[shown], (sums[:, 0] / np.maximum(sums[:, 1], 1))[shown], style, marker="o^sx"[i],
-                         color=f"C{i + 2}", label=label)  # fmt: skip
+            x, y = np.array(middles)[shown], (sums[:, 0] / np.maximum(sums[:, 1], 1))[shown]
+            axes[5].plot(x, y, style, marker="o^sx"[i], color=f"C{i + 2}", label=label)
     axes[5].plot([], [], ":", color="black", label="SFT of the same size")
     axes[5].set_title("win rate by length, bins with 20 posts or more")
     axes[5].set_xlabel("log(response length / reference length)")
