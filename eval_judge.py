@@ -349,6 +349,8 @@ def bootstrap_interval(scores: np.ndarray, resamples: int, seed: int) -> Optiona
     """95% percentile interval of the mean. Posts are resampled, as the two verdicts of a post are not independent."""
     if len(scores) < 2:
         return None
+    if np.ptp(scores) == 0:  # every resample would be the same: 10 wins out of 10 would be [1, 1]
+        return share_interval(scores[0], len(scores))
     from scipy.stats import bootstrap
     rng = np.random.default_rng(seed)
     batch = max(1, 1_000_000 // len(scores))  # resamples at once, which bounds the memory
@@ -357,7 +359,7 @@ def bootstrap_interval(scores: np.ndarray, resamples: int, seed: int) -> Optiona
 
 
 def share_interval(mean: float, n: int) -> list[float]:
-    """95% Wilson interval of the mean of n scores; for bins, where the bootstrap of 5 wins out of 5 would be [1, 1]. It
+    """95% Wilson interval of the mean of n scores, also where these are few or all the same, as in the bins of length. It
     is defined for whole wins: the half win of a tie is rounded down for the lower bound and up for the upper one."""
     from scipy.stats import binomtest
     half_wins = round(2 * mean * n)
@@ -389,13 +391,15 @@ def fit_logistic(x: np.ndarray, y: np.ndarray) -> tuple[Optional[float], Optiona
     return float(fit.intercept_[0]), float(fit.coef_[0, 0]), ""
 
 
-def equal_length_interval(x: np.ndarray, intercept: float, slope: float) -> list[float]:
-    """95% Wald interval of sigmoid(intercept), the win rate at equal length, from the fit's Fisher information.
-    Ties make it too wide: they vary less than wins and losses do."""
+def equal_length_interval(x: np.ndarray, y: np.ndarray, intercept: float, slope: float) -> list[float]:
+    """95% Wald interval of sigmoid(intercept), the win rate at equal length. The variance is the sandwich estimate: that
+    of the fit alone takes scores for wins and losses, and is too large where there are ties."""
     p = 1 / (1 + np.exp(-(intercept + slope * x)))  # (n,)
     features = np.stack([np.ones(len(x)), x])  # (2, n)
-    information = (features * p * (1 - p)) @ features.T  # (2, 2)
-    bounds = intercept + np.array([-1.96, 1.96]) * np.sqrt(np.linalg.inv(information)[0, 0])
+    bread = np.linalg.inv((features * p * (1 - p)) @ features.T)  # (2, 2), the inverse Fisher information
+    gradients = features * (y - p)  # (2, n), of the log-likelihood of each post
+    variance = bread @ gradients @ gradients.T @ bread  # (2, 2)
+    bounds = intercept + np.array([-1.96, 1.96]) * np.sqrt(variance[0, 0])
     return (1 / (1 + np.exp(-bounds))).tolist()
 
 
@@ -449,7 +453,7 @@ def summarise(samples: dict[str, Rows], verdicts: dict[Key, str], measure, unit:
             "mean_response_length": float(response.mean()) if len(y) else None,
             "mean_reference_length": float(reference.mean()) if len(y) else None,
             "length_controlled_win_rate": None if intercept is None else float(1 / (1 + np.exp(-intercept))),
-            "length_controlled_ci95": None if intercept is None else equal_length_interval(x, intercept, slope),
+            "length_controlled_ci95": None if intercept is None else equal_length_interval(x, y, intercept, slope),
             "length_fit": {"intercept": intercept, "slope": slope, "why_not": why_not or None},
             "by_length": length_bins(x, y),
             "length_unit": unit,

@@ -466,16 +466,17 @@ def draw(found: dict, variants: list[Variant], path: Path):
     rows = sorted(found.items(), key=lambda item: item[1]["gold"]["mean"])  # the worst end up at the bottom
     figure = Figure(figsize=(11, 2.2 + 0.3 * len(rows)), dpi=130, layout="constrained")
     axes = figure.subplots()
-    colours = {"matters": "tab:red", "worth less than a tenth": "tab:green", "undecided": "tab:grey"}
+    # Told apart by shape as well as by colour.
+    styles = {"matters": ("tab:red", "D"), "worth less than a tenth": ("tab:blue", "|"), "undecided": ("tab:grey", "o")}
     for y, (name, entry) in enumerate(rows):
-        colour, gold = colours[entry["verdict"]], entry["gold"]
+        (colour, marker), gold = styles[entry["verdict"]], entry["gold"]
         axes.plot(entry["golds"], np.full(len(entry["golds"]), y), "o", color=colour, markersize=3, alpha=0.4)
         if gold["low"] is not None:
             axes.plot([gold["low"], gold["high"]], [y, y], color=colour, linewidth=1.8)
-        axes.plot(gold["mean"], y, "|", color=colour, markersize=11, markeredgewidth=2)
+        axes.plot(gold["mean"], y, marker, color=colour, markersize=11 if marker == "|" else 6, markeredgewidth=2)
     if rows:
         tenth = np.mean([entry["gain"] for _, entry in rows]) / 10
-        axes.axvspan(-tenth, tenth, color="tab:green", alpha=0.12, label="within a tenth of what PPO gains over SFT")
+        axes.axvspan(-tenth, tenth, color="tab:blue", alpha=0.1, label="within a tenth of what PPO gains over SFT, mean")
     axes.axvline(0, color="black", linewidth=0.8)
     labels = [f"{headers[name]['title']} ({headers[name]['detail']}), {entry['n']} seeds" for name, entry in rows]
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
@@ -487,8 +488,8 @@ def draw(found: dict, variants: list[Variant], path: Path):
     axes.grid(axis="x", alpha=0.3)
     axes.set_xlabel("difference in gold score, ablation minus unchanged scripts (linear up to 0.5, then logarithmic)")
     axes.set_title(f"What each detail is worth in the tiny world: {len(rows)} ablations", fontsize=11)
-    for name, colour in colours.items():
-        axes.plot([], [], "|-", color=colour, markersize=11, markeredgewidth=2, label=name)
+    for name, (colour, marker) in styles.items():
+        axes.plot([], [], f"{marker}-", color=colour, markersize=6, markeredgewidth=2, label=name)
     axes.plot([], [], "o", color="grey", markersize=3, label="one seed (bars: mean and 95% t-interval)")
     figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     save_figure(figure, path)

@@ -211,7 +211,7 @@ def choose(runs: list[dict]) -> dict:
 
 
 # ---- The report ------------------------------------------------------------------------------------------------------
-FIGURES = ("gold", "win_rate", "lc_win_rate", "length", "kl", "kl_bound", "score", "accuracy")
+FIGURES = ("gold", "win_rate", "lc_win_rate", "length", "eos_share", "kl", "kl_bound", "score", "accuracy")
 FIGURES += ("seconds", "cpu_seconds", "peak_gib")
 PAIRED = ("gold", "win_rate", "lc_win_rate", "kl", "score")
 # What is compared beside PPO: the first of a pair minus the second.
@@ -279,20 +279,27 @@ def draw(runs: list[dict], chosen: dict, path: Path):
         for (name, split), found in points.items():
             x, y = np.array(sorted(found)).T
             colour = f"C{names.index(name)}"
-            style = (
-                dict(marker="o", alpha=0.35, markersize=4) if split == "validation" else dict(marker="*", markersize=13)
-            )
+            style = dict(marker="*", markersize=13)
+            if split == "validation":
+                style = dict(marker="o", alpha=0.35, markersize=4)
             axes.plot(x, y, color=colour, linestyle="", clip_on=False, zorder=3, **style)
             if split == "validation" or name == "best":  # the frontier: the best that any setting reaches up to this KL
                 axes.step(x, np.maximum.accumulate(y), where="post", color=colour, linewidth=1)
-        axes.set_xlabel("KL from the SFT model (nats per response; root scale)")
+        for (variant, split), group in groups.items():  # the stars that share a colour
+            label = {"long": "3x", "4": "n = 4", "16": "n = 16", "64": "n = 64"}.get(variant.split()[0].split("_")[-1])
+            if split == "test" and label:
+                place = [np.mean([run[figure_name] for run in group]) for figure_name in ("kl", key)]
+                axes.annotate(label, place, xytext=(7, 3), textcoords="offset points", fontsize=7)
+        axes.set_xlabel("KL from the SFT model (nats per response; square-root scale)")
         axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
         axes.set_xlim(left=0)
+        ticks = [0, 0.5, 1, 2, 3, 5, 10, 15, 20]
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.set_ylabel(title)
         axes.grid(alpha=0.3)
     for name in names:
         figure.axes[0].plot([], [], "o", color=f"C{names.index(name)}", label=NAMES[name])
-    figure.axes[0].plot([], [], "*", color="black", markersize=10, label="chosen, test posts")
+    figure.axes[0].plot([], [], "*", color="black", markersize=10, label="test posts (3x: three times the episodes)")
     figure.axes[0].plot([], [], ".-", color="black", label="settings on validation posts, with their frontier")
     figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     figure.suptitle("What is gained for how much KL: every learning rate and KL coefficient, mean over seeds")

@@ -329,15 +329,18 @@ def draw_overoptimisation(runs: list[dict], path: Path):
                     kl, y = [smoothed(curves)[which] for which in ("kl", key)]
                     label = name.split(", ")[1] if number == 0 else ""
                     ax.plot(kl, y, color=f"C{i}", alpha=0.6, label=label)
+                    ax.plot(kl[0], y[0], "x", color=f"C{i}", markersize=5)
                     ax.plot(kl[-1], y[-1], "o", color=f"C{i}", markersize=5)
-            ax.plot([], [], "o", color="grey", label="last update of a seed")
             ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
             ax.set_xticks([0, 1, 2, 4, 8, 16, 24])
             ax.set_title(f"{reward}: {title}")
-            ax.set_xlabel("KL from the SFT model (nats per response; root scale)")
+            ax.set_xlabel("KL from the SFT model (nats per response; square-root scale)")
             ax.set_ylabel(title)
-            ax.legend()
             ax.grid(alpha=0.3)
+    ax.plot([], [], "x", color="grey", label="first updates of a seed")
+    ax.plot([], [], "o", color="grey", label="last updates")
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    figure.suptitle(f"Over-optimisation, {max(map(len, groups.values()))} seeds; means over three updates")
     save_figure(figure, path)
 
 
