@@ -669,16 +669,16 @@ def start_accelerator(args) -> Accelerator:
     sys.stdout.reconfigure(errors="backslashreplace")  # for terminals without UTF-8
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # glibc: keep freed memory, or page faults cost a CPU run 40% of its training time
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            libc.mallopt(option, 2**31 - 1) or libc.mallopt(option, 2**25)  # older versions take no more
     steps = args.gradient_accumulation_steps
     os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(steps)  # a launcher's would take precedence
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if args.bf16 else "no"
     timeout = timedelta(hours=2)  # of processes that wait for each other, for slow disks and hubs
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available():
         PartialState(cpu=True, timeout=timeout)  # makes gloo the backend
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):  # glibc: keep freed memory, or page faults cost a CPU run 40% of its training time
+            for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+                libc.mallopt(option, 2**31 - 1) or libc.mallopt(option, 2**25)  # older versions take no more
         if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
             import deepspeed
 
@@ -708,7 +708,7 @@ def open_run(args, accelerator: Accelerator, batch_size: int) -> dict:
     where = f"--output_dir {args.output_dir}"
     record = {"run_id": os.urandom(4).hex(), "finished": False}
     if accelerator.is_main_process:
-        with explain(f"{where} cannot be used, or is in use by another run"):
+        with explain(f"{where} cannot be used, or is in use by another run (if there is none, remove its .lock)"):
             os.makedirs(args.output_dir, exist_ok=True)
             accelerator.lock = FileLock(f"{args.output_dir}/.lock").acquire(timeout=0)  # until the process ends
         names = [name for name in os.listdir(args.output_dir) if not re.fullmatch(r"\..*|wandb|.*\.(log|tmp)", name)]
