@@ -19,10 +19,8 @@ Deliberate differences from the code of the paper (arXiv 2403.17031); the README
     1. Full forward passes run on right-padded rows of similar length, without an attention mask, instead of 512 + 53
        tokens each. Logits are computed for response tokens only. The numbers are the same but for rounding.
     2. Advantages are whitened over the global batch; the published code whitens per process.
-    3. Losses are means over the tokens of the global minibatch, so the gradient does not depend on the micro-batch size
-       or the number of processes. The published code takes means of means.
+    3. Losses and statistics are means over the valid tokens of the global minibatch (Detail W), not means of means.
     4. Old logprobs come from a full forward pass, not from the decoder (Detail P).
-    5. Statistics are over valid tokens only (Detail W).
 
 How to read it: `train` is the training loop, and what it calls follows in the order in which it happens. Tags such as
 "Detail 23" refer to the table of details in the README. Shapes: B rows, T tokens of a padded row, Q query tokens, R
@@ -41,13 +39,14 @@ import re
 import shutil
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, Optional
+from types import SimpleNamespace
+from typing import Literal, Optional
 
 import numpy as np
 import pandas as pd
@@ -57,7 +56,7 @@ import torch.nn.functional as F
 import transformers
 import tyro
 from accelerate import Accelerator, DistributedType, PartialState, load_checkpoint_in_model
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import load_dataset, load_from_disk
 from filelock import FileLock
 from huggingface_hub import snapshot_download
@@ -128,29 +127,23 @@ MAY_CHANGE = """exp_name output_dir resume save_every keep offload local_micro_b
 INVALID_LOGPROB = 1.0  # filler after the end of a response: no logprob is positive; in KL and ratio, fillers cancel
 
 
-@dataclass
-class Networks:
-    model: nn.Module  # the trained networks, wrapped by DDP or DeepSpeed
-    ref_policy: nn.Module  # frozen causal language model
-    reward_model: nn.Module  # frozen ScalarModel
-    tokenizer: Any  # the one that all of them share
-
-
 # ---- The algorithm: training loop ------------------------------------------------------------------------------------
-def train(args, accelerator: Accelerator, nets: Networks, optimizer, posts: list, batch_size: int, updates: range):
+def train(args, accelerator: Accelerator, nets, optimizer, posts: list, batch_size: int, updates: range):
     """The training loop: rollout, advantages, PPO epochs; one line of metrics.jsonl per update."""
     num_updates = updates.stop
+    # Detail S (data order): the same on all processes, new in every pass. If each shuffled with its own seed before it
+    # takes its share, 8 processes would see 66% of the rows.
+    passes = range(num_updates * batch_size // max(1, len(posts)) + 1)
+    order = np.concatenate([np.random.default_rng([args.seed, epoch]).permutation(len(posts)) for epoch in passes])
     started = time.time()
-    progress = dict(desc="PPO", initial=updates.start, total=num_updates, disable=not accelerator.is_main_process)
-    for update in tqdm(updates, **progress):
-        # Detail L (annealing): the learning rate is linearly annealed to 0. It is set by hand before every update, so a
-        # resumed run needs no scheduler state.
+    for update in tqdm(updates, desc="PPO", disable=not accelerator.is_main_process):
+        # Detail L (annealing): linearly annealed to 0. Set by hand: a resumed run needs no scheduler state.
         lr = args.lr * (1.0 - update / num_updates)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
         # Detail 21 (prompts): the SFT posts, in a new order in every pass. Each process takes its share of the batch.
-        rows = take_rows(len(posts), args.seed, update * batch_size, (update + 1) * batch_size)
+        rows = order[update * batch_size : (update + 1) * batch_size]
         mine = np.split(rows, accelerator.num_processes)[accelerator.process_index]
         query_tokens = [posts[i]["query_tokens"] for i in mine]
 
@@ -177,13 +170,16 @@ def train(args, accelerator: Accelerator, nets: Networks, optimizer, posts: list
 
 # ---- The algorithm: rollout ------------------------------------------------------------------------------------------
 @torch.no_grad()
-def rollout(args, accelerator: Accelerator, nets: Networks, query_tokens: list, update: int) -> dict:
+def rollout(args, accelerator: Accelerator, nets, query_tokens: list, update: int) -> dict:
     """Sample a response to each query of this process, gather, and score. Returns the global batch, the same on all
     processes: queries (B, Q), left-padded; responses (B, R), right-padded; what `response_masks` and `forward_all` give
     for them; scores (B,), the reward model's, or the fixed one without EOS; row_lengths (B,), in tokens.
     """
     pad = nets.tokenizer.pad_token_id
-    seed_everything(args.seed, accelerator.process_index, update)
+    # Detail S (sampling seeds): a function of seed, process and update alone (with the same batch sizes). So a resumed
+    # run samples what the uninterrupted run would have sampled.
+    entropy = [args.seed + 100003 * accelerator.process_index, update]
+    torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
     nets.model.eval()  # in training mode, gradient checkpointing disables the KV cache
     policy = accelerator.unwrap_model(nets.model).policy
     size = args.local_rollout_forward_batch_size
@@ -196,24 +192,18 @@ def rollout(args, accelerator: Accelerator, nets: Networks, query_tokens: list, 
     # Score in the very micro-batches of the first epoch. The same shapes round in the same way, so the ratios of the
     # first optimizer step are exactly 1, in bf16 as well.
     move_frozen(args, accelerator, nets, accelerator.device)
-    rows_done = []
-    scored = []
+    found = {}  # 0 in the rows of other processes, until all are added up
     for minibatch in draw_minibatches(args, batch, update, epoch=0):
         for rows in micro_batches(args, accelerator, minibatch, batch["row_lengths"]):
-            found = forward_all(accelerator, nets, batch["queries"][rows], batch["responses"][rows], args.temperature)
-            scored.append(found)
-            rows_done.extend(rows)
+            part = forward_all(args, accelerator, nets, batch["queries"][rows], batch["responses"][rows])
+            for name, values in part.items():
+                found.setdefault(name, values.new_zeros(len(batch["responses"]), *values.shape[1:]))[rows] = values
+    batch |= accelerator.reduce(found, "sum")
     move_frozen(args, accelerator, nets, "cpu")
-    # Back to the order of the batch.
-    order = accelerator.gather(torch.tensor(rows_done, device=accelerator.device)).argsort()  # (B,)
-    for name in scored[0]:
-        batch[name] = accelerator.gather(torch.cat([part[name] for part in scored]))[order]
 
     # Detail V (values before truncation): the published code reads the values of the sequence as sampled. The model is
     # causal and the last value used is that at EOS, so the values of the truncated sequence are the same.
     batch["values"] = batch["values"].masked_fill(~batch["valid_p1"], 0.0)
-    eos = nets.tokenizer.eos_token_id
-    batch["scores"] = penalize_missing_eos(batch["rm_scores"], batch["responses"], eos, args.missing_eos_penalty)
     return batch
 
 
@@ -261,29 +251,33 @@ def response_masks(responses: torch.Tensor, pad_token_id: int) -> dict:
         valid          1       1       1       0       0         logprobs, KL penalty, policy loss
         valid_p1       1       1       1       1       0         values, value loss
         values are of  query   a       b       EOS     -         the value model's output at this token
-        rewards        -c KL   -c KL   -c KL   score   0       c is kl_coef
-
-    >>> response_masks(torch.tensor([[5, 0, 9, 9]]), pad_token_id=9)   # a token, EOS (0), padding
-    {'valid': tensor([[ True,  True, False, False]]), 'valid_p1': tensor([[ True,  True,  True, False]])}
+        rewards        -c KL   -c KL   -c KL   score   0         c is kl_coef
     """
     valid = responses != pad_token_id
     return dict(valid=valid, valid_p1=F.pad(valid, (1, 0), value=True)[:, :-1])
 
 
 @torch.no_grad()
-def forward_all(accelerator: Accelerator, nets: Networks, queries, responses, temperature: float) -> dict:
-    """What all networks say of queries (B, Q) and responses (B, R):
-    logprobs, ref_logprobs (B, R), INVALID_LOGPROB after the end; values (B, R); rm_scores (B,).
+def forward_all(args, accelerator: Accelerator, nets, queries, responses) -> dict:
+    """What all networks say of queries (B, Q) and responses (B, R): logprobs, ref_logprobs (B, R), INVALID_LOGPROB
+    after the end; values (B, R); rm_scores (B,), the reward model's; scores (B,), with the penalty for a missing EOS.
     """
     pad = nets.tokenizer.pad_token_id
     token_ids, positions = join_rows(queries, responses, pad)  # (B, T), (B, R)
     with accelerator.autocast():
         # Detail P (old logprobs): from a full forward pass, as in training. Sampling with a KV cache rounds
         # differently, and in bf16 the first ratios would be off 1 by several percent.
-        logprobs, _, values = accelerator.unwrap_model(nets.model)(queries, responses, temperature)
-        ref_logprobs, _ = response_logprobs(nets.ref_policy, token_ids, positions, responses, pad, temperature)
-        rm_scores = nets.reward_model(token_ids, last_token_idx(token_ids, pad)).squeeze(1)
-    return dict(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, rm_scores=rm_scores)
+        logprobs, _, values = accelerator.unwrap_model(nets.model)(queries, responses, args.temperature)
+        ref_logprobs, _ = response_logprobs(nets.ref_policy, token_ids, positions, responses, pad, args.temperature)
+        # Detail 12 (reward at EOS): the reward is read at the last token of the response, as in reward.py.
+        rm_scores = nets.reward_model(token_ids, (token_ids != pad).sum(1, keepdim=True) - 1).squeeze(1)
+    scores = rm_scores
+    # Detail 23 (EOS trick, 3): a response without EOS gets a fixed bad score INSTEAD of the reward model's. Otherwise
+    # the policy has little reason to end its summaries.
+    if args.missing_eos_penalty is not None:
+        ended = (responses == nets.tokenizer.eos_token_id).any(1)  # (B,)
+        scores = rm_scores.masked_fill(~ended, args.missing_eos_penalty)
+    return dict(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, rm_scores=rm_scores, scores=scores)
 
 
 def join_rows(queries: torch.Tensor, responses: torch.Tensor, pad_token_id: int):
@@ -305,12 +299,6 @@ def join_rows(queries: torch.Tensor, responses: torch.Tensor, pad_token_id: int)
     return token_ids.gather(1, pads_last), positions.clamp(max=width - 1)
 
 
-def last_token_idx(token_ids: torch.Tensor, pad_token_id: int) -> torch.Tensor:
-    """The position of the last token in each right-padded row (B, T): (B, 1)."""
-    # Detail 12 (reward at EOS): the reward is read at the last token of the response, as in reward.py.
-    return (token_ids != pad_token_id).sum(1, keepdim=True) - 1
-
-
 def response_logprobs(policy, token_ids, positions, responses, pad_token_id: int, temperature: float):
     """For the rows (B, T) and positions (B, R) of `join_rows`: the logprob of each response token at the sampling
     temperature, INVALID_LOGPROB after the end, and the entropy of the distribution, 0 after the end: (B, R) each.
@@ -321,7 +309,6 @@ def response_logprobs(policy, token_ids, positions, responses, pad_token_id: int
     logits = policy(input_ids=token_ids, logits_to_keep=keep, use_cache=False).logits  # (K, V)
     # Detail T (temperature): the logits are divided by the sampling temperature, for policy and reference, in rollout
     # and training. Otherwise the ratios would not be those of the distribution that was sampled from.
-    # The mass of ids that sampling suppresses is not taken out here; it is negligible.
     logits = logits.float() / (temperature + 1e-7)
     all_logprobs = torch.log_softmax(logits, dim=-1)  # (K, V)
     logprobs = all_logprobs.gather(1, responses[valid][:, None]).squeeze(1)  # (K,)
@@ -329,15 +316,6 @@ def response_logprobs(policy, token_ids, positions, responses, pad_token_id: int
         entropy = -all_logprobs.exp().mul_(all_logprobs).sum(-1)  # (K,), with one copy of (K, V), not two
     zeros = torch.zeros(valid.shape, device=valid.device)  # (B, R)
     return (zeros + INVALID_LOGPROB).masked_scatter(valid, logprobs), zeros.masked_scatter(valid, entropy)
-
-
-def penalize_missing_eos(rm_scores: torch.Tensor, responses: torch.Tensor, eos_token_id: int, penalty: Optional[float]):
-    """The reward model's scores (B,), with those of responses (B, R) without EOS replaced by `penalty`."""
-    # Detail 23 (EOS trick, 3): a response without EOS gets a fixed bad score INSTEAD of the reward model's. Otherwise
-    # the policy has little reason to end its summaries.
-    if penalty is None:
-        return rm_scores
-    return rm_scores.masked_fill(~(responses == eos_token_id).any(1), penalty)
 
 
 # ---- The algorithm: rewards and advantages ---------------------------------------------------------------------------
@@ -348,7 +326,13 @@ def compute_advantages(args, batch: dict) -> dict:
     # Detail K (k1 estimator): the log-ratio of the sampled tokens, which is unbiased and can be negative for a sample.
     # After the end both logprobs are the same filler, so it is 0.
     kl = batch["logprobs"] - batch["ref_logprobs"]  # (B, R)
-    rewards = place_rewards(kl, batch["scores"], valid.sum(1), args.kl_coef)
+    rewards = -args.kl_coef * kl  # (B, R)
+    # Detail R (reward at EOS + 1): the score is added one AFTER EOS if there is room, else at the last token. The value
+    # there is the value model's output at EOS. The value model starts as the reward model, whose output at EOS is the
+    # score, so the first error there is 0, if there is room. Hence EOS + 1 is in the value loss (valid_p1), but
+    # not in the policy loss.
+    end = valid.sum(1).clamp(max=rewards.shape[1] - 1)  # (B,)
+    rewards[torch.arange(len(rewards), device=rewards.device), end] += batch["scores"]
     # Detail 24 (reward whitening): optional, off in the released runs. The mean is not shifted, since its sign matters.
     if args.whiten_rewards:
         rewards = whiten(rewards, valid_p1, shift_mean=False).masked_fill(~valid_p1, 0.0)
@@ -357,23 +341,6 @@ def compute_advantages(args, batch: dict) -> dict:
     # is encouraged, what is worse discouraged, whatever the rewards' scale.
     advantages = whiten(advantages, valid).masked_fill(~valid, 0.0)
     return dict(kl=kl, rewards=rewards, advantages=advantages, returns=returns)
-
-
-def place_rewards(kl: torch.Tensor, scores: torch.Tensor, lengths: torch.Tensor, kl_coef: float):
-    """Rewards (B, R): the KL penalty at every token, plus the score at the end. kl (B, R), 0 after the end;
-    scores (B,); lengths (B,), tokens of the response.
-
-    >>> place_rewards(torch.tensor([[2.0, 2.0, 0.0]]), torch.tensor([10.0]), torch.tensor([2]), kl_coef=0.5)
-    tensor([[-1., -1., 10.]])
-    """
-    rewards = -kl_coef * kl  # (B, R)
-    # Detail R (reward at EOS + 1): the score is added one AFTER EOS if there is room, else at the last token. The value
-    # there is the value model's output at EOS. The value model starts as the reward model, whose output at EOS is the
-    # score, so the first error there is 0, if there is room. Hence EOS + 1 is in the value loss (valid_p1), but
-    # not in the policy loss.
-    end = lengths.clamp(max=rewards.shape[1] - 1)  # (B,)
-    rewards[torch.arange(len(rewards), device=rewards.device), end] += scores
-    return rewards
 
 
 def whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:
@@ -410,11 +377,10 @@ def ppo_update(args, accelerator: Accelerator, model, optimizer, batch: dict, up
     first_deviation = torch.zeros((), device=accelerator.device)
     for epoch in range(args.num_ppo_epochs):
         for minibatch in draw_minibatches(args, batch, update, epoch):
-            # Counted over the WHOLE minibatch, on all processes: so the gradient is the same however the minibatch is
-            # cut into micro-batches and processes.
+            # Counted over the WHOLE minibatch, on all processes: the gradient does not depend on how it is cut.
             num_tokens = batch["valid"][minibatch].sum()
             num_values = batch["valid_p1"][minibatch].sum()
-            sums = defaultdict(float)
+            sums = 0.0
             for rows in micro_batches(args, accelerator, minibatch, batch["row_lengths"]):
                 micro_batch = {name: value[rows] for name, value in batch.items()}
                 with accelerator.accumulate(model):
@@ -429,13 +395,11 @@ def ppo_update(args, accelerator: Accelerator, model, optimizer, batch: dict, up
                 deviation = stats.pop("ratio_dev")
                 if not steps:  # before the first optimizer step of the update
                     first_deviation = torch.maximum(first_deviation, deviation)
-                for name, value in stats.items():
-                    sums[name] += value
-            steps.append(torch.stack(list(sums.values())))
-    # One exchange between the processes for all statistics.
+                sums += torch.stack(list(stats.values()))
+            steps.append(sums)
     table = accelerator.reduce(torch.stack(steps), "sum").cpu()  # (optimizer steps, statistics)
-    metrics = dict(zip(sums, table.mean(0).tolist()))
-    metrics["val/ratio_var"] = max(0.0, metrics.pop("ratio_squared") - metrics["val/ratio"] ** 2)
+    metrics = dict(zip(stats, table.mean(0).tolist()))
+    metrics["val/ratio_var"] = max(0.0, metrics.pop("ratio_squared") - metrics["val/ratio"] ** 2)  # 0: rounding
     metrics["val/ratio_first_dev"] = accelerator.gather(first_deviation[None]).max().item()
     return metrics | {"grad_norm": float(np.mean(grad_norms))}
 
@@ -449,12 +413,10 @@ def draw_minibatches(args, batch: dict, update: int, epoch: int) -> list[np.ndar
 
 
 def ppo_loss(args, batch: dict, logprobs, entropy, values, num_tokens, num_values):
-    """The clipped surrogate loss of PPO (arXiv 1707.06347) and the clipped value loss, for one micro-batch.
-
-    batch: the rollout of these rows; then the model's outputs now, (B, R) each.
-    num_tokens, num_values: valid entries of the whole minibatch.
-    Returns the loss (scalar) and its statistics, by the names they are logged by. Added up over the micro-batches, they
-    are means over the minibatch; ratio_dev is a maximum.
+    """The clipped surrogate loss of PPO (arXiv 1707.06347) and the clipped value loss, for one micro-batch: the loss
+    and its statistics, which add up over the micro-batches to means over the minibatch; ratio_dev is a maximum.
+    batch: the rollout of these rows; logprobs, entropy, values (B, R): the model's now; num_tokens, num_values: valid
+    entries of the whole minibatch.
     """
     # Detail W (valid tokens): all sums are over real tokens. Means over padding too would be small for short responses.
     valid = batch["valid"]
@@ -495,11 +457,10 @@ class ScalarModel(nn.Module):
     def __init__(self, classifier):
         super().__init__()
         self.body = classifier.base_model
-        self.head = nn.Linear(classifier.score.in_features, 1)
-        self.head.weight.data.copy_(classifier.score.weight.data)  # (1, d)
+        self.head = classifier.score  # weight (1, d), no bias
         # Detail 22 (value model): a separate network, initialised from the reward model, its normalisation offset
         # included, so that its first output at EOS equals the score. Unlike in reward.py, the bias is trained.
-        nn.init.constant_(self.head.bias, -classifier.config.normalization_offset)
+        self.head.bias = nn.Parameter(torch.tensor([-classifier.config.normalization_offset]))
 
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         hidden = self.body(input_ids=token_ids, use_cache=False).last_hidden_state  # (B, T, d)
@@ -544,37 +505,34 @@ def prepare_frozen(args, accelerator: Accelerator, model):
     return model if args.offload else model.to(accelerator.device)
 
 
-def move_frozen(args, accelerator: Accelerator, nets: Networks, device):
+def move_frozen(args, accelerator: Accelerator, nets, device):
     """With --offload, move the frozen models to the device before scoring, and to the CPU after it (Detail 8)."""
     if args.offload and accelerator.distributed_type != DistributedType.DEEPSPEED:  # which moves them itself
         nets.ref_policy.to(device)
         nets.reward_model.to(device)
 
 
-def load_model(model_class, path: str, tokenizer, positions: int, flag: str, new_head: bool = False):
+def load_model(model_class, path: str, tokenizer, positions: int, flag: str, **changes):
     """A model in fp32, without dropout, with a row for every token id; also the names of unexpected weights."""
     with explain(f"{flag} {path}: cannot be loaded as {model_class.__name__}"):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **changes)
         config._attn_implementation = None  # ignore the saved one: transformers chooses the kernel
         # Detail 7 (dropout off): with dropout, every forward pass gives other logprobs: the KL penalty is noise and
         # PPO's first ratios are not 1. Set in the config, from which GPT-NeoX's attention reads it.
         for name, value in config.to_dict().items():
             if ("dropout" in name or name.endswith(("pdrop", "jitter_noise"))) and isinstance(value, (int, float)):
                 setattr(config, name, 0.0)
-        if new_head:
-            config.num_labels = 1
         # Detail 8 (fp32 masters): Pythia's checkpoints are fp16, in which most updates at lr 3e-6 are rounded away.
         # bf16 is for the computation only (autocast, or DeepSpeed's).
         options = dict(dtype=torch.float32, trust_remote_code=False, output_loading_info=True)
         model, info = model_class.from_pretrained(path, config=config, **options)
     body = model.base_model_prefix
     misfits = {name for name in info["unexpected_keys"] if name.startswith(body) and name.endswith("weight")}
-    misfits |= info["missing_keys"] - ({"score.weight"} if new_head else set())
+    misfits |= info["missing_keys"] - ({"score.weight"} if changes else set())
     rows = model.get_input_embeddings().num_embeddings
     other_tokenizer = tokenizer.eos_token_id >= rows or len(tokenizer) > 1.1 * rows
     limit = getattr(config, "max_position_embeddings", None) or math.inf
     problems = {
-        "an encoder-decoder model; needed is a decoder-only one": config.is_encoder_decoder,
         "quantized: dequantize it first": hasattr(config, "quantization_config"),
         "an adapter: merge it into its base model first": os.path.exists(f"{path}/adapter_config.json"),
         f"weights and config do not fit: {min(misfits, default='')}": misfits,
@@ -609,9 +567,9 @@ def load_causal_lm(path: str, tokenizer, positions: int, flag: str):
     return model
 
 
-def load_classifier(path: str, tokenizer, positions: int, flag: str, new_head: bool = False):
+def load_classifier(path: str, tokenizer, positions: int, flag: str, **changes):
     """A sequence classifier with one label, in fp32. Its score is the output minus config.normalization_offset."""
-    model, unexpected = load_model(AutoModelForSequenceClassification, path, tokenizer, positions, flag, new_head)
+    model, unexpected = load_model(AutoModelForSequenceClassification, path, tokenizer, positions, flag, **changes)
     offset = getattr(model.config, "normalization_offset", 0.0)
     if not hasattr(model, "score") or model.num_labels != 1:
         fail(f"{flag} {path}: {model.num_labels} labels, or no head named score; needed is a classifier with one label")
@@ -658,12 +616,11 @@ def read_rows(source: str, split: str, columns: list[str], flag: str) -> list[di
 def load_tokenizer(path: str, flag: str):
     """The tokenizer of a model folder or hub id, with [PAD] as pad token."""
     with explain(f"{flag} {path}: no tokenizer can be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        empty = not encode(tokenizer, "a")  # without tokenizer files, transformers makes up an empty one
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # without files, an empty one
     # Detail 3 (PAD and EOS): the pad token is a new one, even if the tokenizer brings its own, and never EOS: with
     # pad == EOS the loss mask hides EOS as well, and the model never learns to stop.
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    if empty or tokenizer.eos_token_id in (None, tokenizer.pad_token_id):
+    if not encode(tokenizer, "a") or tokenizer.eos_token_id in (None, tokenizer.pad_token_id):
         fail(f"{flag} {path}: no tokenizer files, or no EOS token, so that a response could never end")
     return tokenizer
 
@@ -717,14 +674,13 @@ def tokenize_post(args, row: dict, tokenizer) -> dict:
     # Detail 3 (space and EOS): the completion begins with one space (summaries lack it) and ends with EOS.
     # Detail 5 (joined): query and response are joined as text and tokenized together.
     reference = " " + row["summary"].lstrip()
-    query_tokens = np.array(query_tokens, dtype=np.int32)
-    tokens = np.array([*encode(tokenizer, query + reference), tokenizer.eos_token_id], dtype=np.int32)
+    tokens = [*encode(tokenizer, query + reference), tokenizer.eos_token_id]
     # Detail 4 (lengths): a response that is too long is left out, not cut, since the cut would remove its EOS.
     if len(tokens) - len(query_tokens) > args.max_response_length:
         post["problem"] = f"the summary is longer than {args.max_response_length} tokens"
     elif len(tokens) > args.max_query_response_length:
         post["problem"] = f"longer than {args.max_query_response_length} tokens with its query"
-    return post | dict(query=query, reference=reference, query_tokens=query_tokens, tokens=tokens)
+    return post | dict(query=query, reference=reference, query_tokens=np.int32(query_tokens), tokens=np.int32(tokens))
 
 
 def load_posts(args, split: str, tokenizer, accelerator: Accelerator) -> list[dict]:
@@ -752,15 +708,6 @@ def keep_usable(rows: list[dict], where: str, accelerator: Accelerator) -> list[
     return usable
 
 
-def take_rows(num_rows: int, seed: int, start: int, stop: int) -> np.ndarray:
-    """Row numbers at positions start .. stop - 1 of the endless stream of rows, which has a new order in every pass."""
-    # Detail S (data order): every process computes the same stream from the same seed and takes its own share.
-    # If each shuffled with a seed of its own before taking its share, 8 processes would see 66% of the rows.
-    passes = range(start // num_rows, (stop - 1) // num_rows + 1)
-    stream = np.concatenate([np.random.default_rng([seed, epoch]).permutation(num_rows) for epoch in passes])
-    return stream[start - passes[0] * num_rows :][: stop - start]
-
-
 def micro_batches(args, accelerator: Accelerator, rows: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
     """Cut the row numbers of a global batch into micro-batches of similar length; return those of this process."""
     # Similar lengths need little padding. The longest come first, so that a lack of memory shows at once. The order
@@ -774,13 +721,6 @@ def pad_rows(rows: list, pad_token_id: int, side: str, device) -> torch.Tensor:
     """Token ids of different lengths -> one (B, T) tensor, padded on one side to the longest of them."""
     rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
     return pad_sequence(rows, batch_first=True, padding_value=pad_token_id, padding_side=side).to(device)
-
-
-def seed_everything(seed: int, process: int, update: int):
-    """Seed PyTorch for one update and process."""
-    # Detail S (sampling seeds): every process samples with its own seed. With the same batch sizes, what is sampled
-    # depends on seed, process and update alone: a resumed run samples what the uninterrupted run would have sampled.
-    torch.manual_seed(int(np.random.SeedSequence([seed + 100003 * process, update]).generate_state(1)[0]))
 
 
 # ---- Metrics and evaluation ------------------------------------------------------------------------------------------
@@ -803,7 +743,7 @@ def rollout_metrics(args, batch: dict, eos_token_id: int) -> dict:
 
 
 @torch.no_grad()
-def evaluate(args, accelerator: Accelerator, nets: Networks, posts: list[dict]) -> dict:
+def evaluate(args, accelerator: Accelerator, nets, posts: list[dict]) -> dict:
     """Sample and score a response to every post of the split; write samples_<split>.csv; return the means."""
     posts = posts[: args.max_eval_rows]
     rank = accelerator.process_index
@@ -812,10 +752,10 @@ def evaluate(args, accelerator: Accelerator, nets: Networks, posts: list[dict]) 
     eos = nets.tokenizer.eos_token_id
     nets.model.eval()
     policy = accelerator.unwrap_model(nets.model).policy
-    seed_everything(args.seed, rank, update=0)
+    entropy = [args.seed + 100003 * rank, 0]
+    torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
     move_frozen(args, accelerator, nets, accelerator.device)
-    # An offloaded model needs all processes in every pass, so all take equally many posts. What comes twice is not
-    # counted.
+    # All processes take equally many posts, as an offloaded model needs. What comes twice is not counted.
     share = math.ceil(len(posts) / accelerator.num_processes)
     mine = [posts[i % len(posts)] for i in range(rank * share, (rank + 1) * share)]
     samples = []
@@ -823,13 +763,13 @@ def evaluate(args, accelerator: Accelerator, nets: Networks, posts: list[dict]) 
         part = mine[start : start + size]
         tokens = [post["query_tokens"] for post in part]
         batch = sample_responses(args, accelerator, policy, nets.tokenizer, tokens, args.eval_temperature, size)
-        batch |= forward_all(accelerator, nets, batch["queries"], batch["responses"], args.temperature)
+        batch |= forward_all(args, accelerator, nets, batch["queries"], batch["responses"])
         references = pad_rows([post["tokens"] for post in part], pad, "right", accelerator.device)  # (B, T)
         with accelerator.autocast():
-            reference_scores = nets.reward_model(references, last_token_idx(references, pad)).squeeze(1)
+            reference_scores = nets.reward_model(references, (references != pad).sum(1, keepdim=True) - 1).squeeze(1)
         responses = batch["responses"]
         columns = {
-            "score": penalize_missing_eos(batch["rm_scores"], responses, eos, args.missing_eos_penalty),
+            "score": batch["scores"],
             "reference_score": reference_scores,
             "kl": (batch["logprobs"] - batch["ref_logprobs"]).sum(1),  # log-ratios at --temperature
             "response_length": (responses != pad).sum(1),
@@ -904,31 +844,27 @@ def start_accelerator(args) -> Accelerator:
     sys.stdout.reconfigure(errors="backslashreplace")  # for terminals without UTF-8
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    steps = args.gradient_accumulation_steps
-    os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(steps)  # a launcher's would take precedence
-    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if args.bf16 else "no"
-    timeout = timedelta(hours=2)  # of processes that wait for each other, for slow disks and hubs
-    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available():
-        PartialState(cpu=True, timeout=timeout)  # makes gloo the backend
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):  # glibc: keep freed memory, or page faults cost a CPU run 40% of its training time
-            for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-                libc.mallopt(option, 2**31 - 1) or libc.mallopt(option, 2**25)  # older versions take no more
-        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-            import deepspeed
+    on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available()
+    libc = ctypes.CDLL(None)
+    if on_cpu and hasattr(libc, "mallopt"):  # glibc: keep freed memory, or page faults take 40% of the training time
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            libc.mallopt(option, 2**31 - 1) or libc.mallopt(option, 2**25)  # older versions take no more
+    if on_cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        import deepspeed
 
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled for minutes
-    group = InitProcessGroupKwargs(timeout=timeout)
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled for minutes
+    precision = "bf16" if args.bf16 else "no"
     with explain("accelerate cannot start with the launcher's configuration"):
-        accelerator = Accelerator(log_with="wandb" if args.track else None, kwargs_handlers=[group])
+        PartialState(cpu=on_cpu, timeout=timedelta(hours=2))  # processes wait for each other, for slow disks and hubs
+        accelerator = Accelerator(mixed_precision=precision, log_with="wandb" if args.track else None)
+    accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps  # not a launcher's
     if accelerator.state.deepspeed_plugin is not None:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         if config["zero_optimization"]["stage"] not in (1, 2) or "optimizer" in config:
             fail("DeepSpeed's configuration needs ZeRO stage 1 or 2, and no optimizer")
-        config.pop("fp16", None)
-        config |= {"bf16": {"enabled": args.bf16}, "gradient_clipping": 0.0}  # accelerate's default is to clip at 1.0
-        config |= {"gradient_accumulation_steps": steps, "train_micro_batch_size_per_gpu": args.local_micro_batch_size}
-        config["train_batch_size"] = args.local_micro_batch_size * steps * accelerator.num_processes
+        config |= {"fp16": {"enabled": False}, "bf16": {"enabled": args.bf16}, "gradient_clipping": 0.0}  # not 1.0
+        config |= {"gradient_accumulation_steps": args.gradient_accumulation_steps, "train_batch_size": "auto"}
+        config["train_micro_batch_size_per_gpu"] = args.local_micro_batch_size
     if accelerator.num_processes > 1:
         # gloo's threads need Python's lock to free their last tensors: a process that exits earlier may abort or hang.
         accelerator.state.process_group = torch.distributed.group.WORLD
@@ -991,8 +927,6 @@ def start_run(args, accelerator: Accelerator, record: dict, batch_size: int, dig
         write_text(f"{args.output_dir}/args.json", json.dumps(record, indent=2) + "\n")
         path = Path(f"{args.output_dir}/metrics.jsonl")
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        if len(lines) < update:
-            fail(f"{path} has {len(lines)} lines for {update} updates: put back what is missing")
         write_text(str(path), "".join(lines[:update]))  # what follows the checkpoint is computed and logged again
     return update
 
@@ -1020,9 +954,8 @@ def log_metrics(metrics: dict, args, accelerator: Accelerator):
         fail(f"{', '.join(broken)} not finite at episode {metrics['episode']}: check data and weights, or lower --lr")
     path = f"{args.output_dir}/metrics.jsonl"
     if accelerator.is_main_process:
-        message = f"{path} cannot be written: make room, then continue with --resume"
-        with explain(message), open(path, "a", encoding="utf-8") as file:  # closed after every line: a kill loses none
-            file.write(json.dumps(metrics) + "\n")
+        with explain(f"{path} cannot be written: make room, then --resume"), open(path, "a") as file:
+            file.write(json.dumps(metrics) + "\n")  # closed after every line: a kill loses none
     accelerator.log(metrics, step=metrics["episode"])
 
 
@@ -1039,7 +972,6 @@ def main():
     if 0 < args.total_episodes < batch_size:
         fail(f"--total_episodes {args.total_episodes} does not fill one batch of {batch_size}")
     record = open_run(args, accelerator, batch_size)
-    torch.manual_seed(args.seed)
 
     # 2. Tokenizer and data.
     paths = (args.sft_model_path, args.reward_model_path)  # models, or output folders of runs
@@ -1052,7 +984,7 @@ def main():
     eval_posts = load_posts(args, args.eval_split, tokenizer, accelerator) if args.run_eval else []
 
     # 3. The networks, which share no parameters, and the optimizer.
-    positions = max(args.max_query_length + args.response_length, args.max_query_response_length * args.run_eval)
+    positions = max(args.max_query_length + args.response_length, args.max_query_response_length)
     policy = load_causal_lm(sft_path, tokenizer, positions, "--sft_model_path")
     value_model = ScalarModel(load_classifier(reward_path, tokenizer, positions, "--reward_model_path"))
     reward_model = ScalarModel(load_classifier(reward_path, tokenizer, positions, "--reward_model_path"))
@@ -1062,8 +994,7 @@ def main():
     model = PolicyAndValue(policy, value_model, tokenizer.pad_token_id)
     # A digest of the data and of some initial weights: a resumed run must start from the same.
     arrays = [post["tokens"] for post in posts]
-    for part in (policy, reward_model):
-        arrays += [parameter.detach().flatten()[:1000].numpy() for parameter in part.parameters()]
+    arrays += [parameter.detach().flatten()[:1000].numpy() for parameter in model.parameters()]
     digest = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
     # Detail E (Adam): PyTorch adds eps after the bias correction, TensorFlow before: early steps differ.
     # Detail 20 (settings): eps 1e-5, weight decay 0.01, no gradient clipping, no entropy bonus.
@@ -1073,7 +1004,7 @@ def main():
     ref_policy = load_causal_lm(sft_path, tokenizer, positions, "--sft_model_path")
     ref_policy = prepare_frozen(args, accelerator, ref_policy)
     reward_model = prepare_frozen(args, accelerator, reward_model)
-    nets = Networks(model, ref_policy, reward_model, tokenizer)
+    nets = SimpleNamespace(model=model, ref_policy=ref_policy, reward_model=reward_model, tokenizer=tokenizer)
 
     # 4. Train, save, evaluate.
     first_update = start_run(args, accelerator, record, batch_size, digest)

@@ -54,7 +54,7 @@ import torch.nn.functional as F
 import transformers
 import tyro
 from accelerate import Accelerator, PartialState, load_checkpoint_in_model
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import get_dataset_split_names, load_dataset, load_from_disk
 from filelock import FileLock
 from huggingface_hub import snapshot_download
@@ -85,9 +85,6 @@ class Args:
     max_query_length: int = 512  # longest query in tokens; a longer post is cut at its last newline, repeatedly
     max_response_length: int = 169  # longest summary in tokens, EOS included; a longer one is left out
     max_query_response_length: int = 638  # longest query plus summary in tokens; a longer one is left out
-    max_cnndm_query_length: int = 1919  # like --max_query_length, for the CNN/DM articles of the evaluation
-    max_cnndm_response_length: int = 155  # like --max_response_length, for CNN/DM
-    max_cnndm_query_response_length: int = 2021  # the same for CNN/DM; never more than the model's positions
     # ---- Optimization ----
     lr: float = 3e-6  # peak learning rate of AdamW, annealed to 0 along a cosine
     eps: float = 1e-5  # epsilon of AdamW
@@ -111,9 +108,10 @@ class Args:
 
 # Flags that --resume may change. Those that change the shapes of batches change rounding.
 MAY_CHANGE = """exp_name output_dir resume save_every keep local_micro_batch_size gradient_accumulation_steps
-    max_cnndm_query_length max_cnndm_response_length max_cnndm_query_response_length gradient_checkpointing run_eval
-    eval_split max_eval_rows local_eval_batch_size track wandb_project_name wandb_entity""".split()
+    gradient_checkpointing run_eval eval_split max_eval_rows local_eval_batch_size track wandb_project_name
+    wandb_entity""".split()
 CNNDM_BATCHES = ("batch0_cnndm", "cnndm0", "cnndm2")  # the comparisons of news articles among OpenAI's
+CNNDM_LIMITS = (1919, 155, 2021)  # longest query, summary, and both, in tokens, of their evaluation
 MARGIN_EDGES = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, math.inf)  # of the calibration table
 
 
@@ -123,15 +121,21 @@ def train(args, accelerator: Accelerator, model, optimizer, pad_token_id: int, p
     num_updates = updates.stop
     lengths = np.array([len(pair["chosen"]) + len(pair["rejected"]) for pair in pairs])  # in tokens
     names = ("rm/loss", "rm/accuracy", "rm/chosen_rewards", "rm/rejected_rewards")
+    # Detail S (data order): the same on all processes, new in every pass. If each shuffled with its own seed before it
+    # takes its share, 8 processes would see 66% of the rows.
+    passes = range(num_updates * batch_size // max(1, len(pairs)) + 1)
+    order = np.concatenate([np.random.default_rng([args.seed, epoch]).permutation(len(pairs)) for epoch in passes])
     started = time.time()
-    progress = dict(desc="RM", initial=updates.start, total=num_updates, disable=not accelerator.is_main_process)
-    for update in tqdm(updates, **progress):
+    for update in tqdm(updates, desc="RM", disable=not accelerator.is_main_process):
         model.train()  # there is no dropout (Detail 7), but gradient checkpointing works in this mode only
-        # The learning rate is set by hand before every update. A resumed run needs no scheduler state.
-        lr = args.lr * lr_lambda(update, num_updates, args.warm_up_steps)
+        # Linear warm-up, then annealed to 0 along a cosine. Set by hand: a resumed run needs no scheduler state.
+        progress = (update - args.warm_up_steps) / max(1, num_updates - args.warm_up_steps)
+        lr = args.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
+        if update < args.warm_up_steps:
+            lr = args.lr * update / args.warm_up_steps
         for group in optimizer.param_groups:
             group["lr"] = lr
-        rows = take_rows(len(pairs), args.seed, update * batch_size, (update + 1) * batch_size)
+        rows = order[update * batch_size : (update + 1) * batch_size]
         sums = torch.zeros(len(names), device=accelerator.device)
         for mine in micro_batches(args, accelerator, rows, lengths):
             # Detail 10 (RM training): chosen and rejected go through ONE forward pass, with the same padding.
@@ -139,7 +143,8 @@ def train(args, accelerator: Accelerator, model, optimizer, pad_token_id: int, p
             token_ids = pad_rows(tokens, pad_token_id, "right", accelerator.device)  # (B, T)
             with accelerator.accumulate(model):
                 chosen, rejected = model(token_ids).chunk(2)  # (B / 2,) each
-                losses = pairwise_loss(chosen, rejected)  # (B / 2,)
+                # Bradley-Terry: -log of the probability sigmoid(chosen - rejected) of the human choice.
+                losses = -F.logsigmoid(chosen - rejected)  # (B / 2,)
                 # Divided by the global count already: undo accelerate's division by steps and processes.
                 scale = args.gradient_accumulation_steps * accelerator.num_processes
                 accelerator.backward(losses.sum() / batch_size * scale)
@@ -160,29 +165,16 @@ def train(args, accelerator: Accelerator, model, optimizer, pad_token_id: int, p
         save_checkpoint(args, accelerator, update + 1, num_updates)
 
 
-def lr_lambda(update: int, num_updates: int, warm_up_steps: int) -> float:
-    """Learning rate of update 0, 1, ... as a share of its peak: linear warm-up, then annealed to 0 along a cosine.
-
-    >>> [round(lr_lambda(update, 4, 0), 3) for update in range(4)]
-    [1.0, 0.854, 0.5, 0.146]
-    """
-    if update < warm_up_steps:
-        return update / warm_up_steps
-    progress = (update - warm_up_steps) / max(1, num_updates - warm_up_steps)
-    return 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def pairwise_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-    """Bradley-Terry: -log of the probability sigmoid(chosen - rejected) of the human choice. (B / 2,) each."""
-    return -F.logsigmoid(chosen - rejected)  # not log(sigmoid()), which underflows where chosen is far below rejected
-
-
 class RewardModel(nn.Module):
     """A sequence classifier with one label, as a module for DDP and DeepSpeed: padded ids (B, T) -> raw scores (B,)."""
 
-    def __init__(self, classifier):
+    def __init__(self, classifier, new_head: bool = False):
         super().__init__()
         self.classifier = classifier  # what is saved in the end, by its own save_pretrained
+        if new_head:
+            # Detail 11 (head): normal with standard deviation 1/sqrt(d+1), so that scores begin near unit variance. An
+            # older paper's 1/(d+1) is a typo. No bias: the difference of two scores could not train it.
+            nn.init.normal_(classifier.score.weight, std=1 / math.sqrt(classifier.score.in_features + 1))
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         is_token = token_ids != self.classifier.config.pad_token_id  # (B, T)
@@ -200,13 +192,6 @@ class RewardModel(nn.Module):
         at_eos = outputs.last_hidden_state[torch.arange(len(last), device=last.device), last]  # (B, d)
         with torch.autocast(at_eos.device.type, enabled=False):  # in bf16, a score of 3 would be a multiple of 1/64
             return F.linear(at_eos.float(), self.classifier.score.weight.float()).squeeze(-1)  # (B,)
-
-
-def init_head(model):
-    """Initialise the scalar head of a new reward model."""
-    # Detail 11 (head): normal with standard deviation 1/sqrt(d+1), so that scores begin near unit variance. A standard
-    # deviation of 1/(d+1), as an older paper has it, is a typo. No bias: two scores' difference could not train it.
-    nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
 
 
 def normalize(args, accelerator: Accelerator, model: RewardModel, pad_token_id: int, posts: list[dict]):
@@ -298,30 +283,27 @@ def evaluate(args, accelerator: Accelerator, model: RewardModel, pad_token_id: i
 
 
 # ---- Model -----------------------------------------------------------------------------------------------------------
-def load_model(model_class, path: str, tokenizer, positions: int, flag: str, new_head: bool = False):
+def load_model(model_class, path: str, tokenizer, positions: int, flag: str, **changes):
     """A model in fp32, without dropout, with a row for every token id; also the names of unexpected weights."""
     with explain(f"{flag} {path}: cannot be loaded as {model_class.__name__}"):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **changes)
         config._attn_implementation = None  # ignore the saved one: transformers chooses the kernel
         # Detail 7 (dropout off): with dropout, every forward pass gives other logprobs: the KL penalty is noise and
         # PPO's first ratios are not 1. Set in the config, from which GPT-NeoX's attention reads it.
         for name, value in config.to_dict().items():
             if ("dropout" in name or name.endswith(("pdrop", "jitter_noise"))) and isinstance(value, (int, float)):
                 setattr(config, name, 0.0)
-        if new_head:
-            config.num_labels = 1
         # Detail 8 (fp32 masters): Pythia's checkpoints are fp16, in which most updates at lr 3e-6 are rounded away.
         # bf16 is for the computation only (autocast, or DeepSpeed's).
         options = dict(dtype=torch.float32, trust_remote_code=False, output_loading_info=True)
         model, info = model_class.from_pretrained(path, config=config, **options)
     body = model.base_model_prefix
     misfits = {name for name in info["unexpected_keys"] if name.startswith(body) and name.endswith("weight")}
-    misfits |= info["missing_keys"] - ({"score.weight"} if new_head else set())
+    misfits |= info["missing_keys"] - ({"score.weight"} if changes else set())
     rows = model.get_input_embeddings().num_embeddings
     other_tokenizer = tokenizer.eos_token_id >= rows or len(tokenizer) > 1.1 * rows
     limit = getattr(config, "max_position_embeddings", None) or math.inf
     problems = {
-        "an encoder-decoder model; needed is a decoder-only one": config.is_encoder_decoder,
         "quantized: dequantize it first": hasattr(config, "quantization_config"),
         "an adapter: merge it into its base model first": os.path.exists(f"{path}/adapter_config.json"),
         f"weights and config do not fit: {min(misfits, default='')}": misfits,
@@ -340,9 +322,9 @@ def load_model(model_class, path: str, tokenizer, positions: int, flag: str, new
     return model, info["unexpected_keys"]
 
 
-def load_classifier(path: str, tokenizer, positions: int, flag: str, new_head: bool = False):
+def load_classifier(path: str, tokenizer, positions: int, flag: str, **changes):
     """A sequence classifier with one label, in fp32. Its score is the output minus config.normalization_offset."""
-    model, unexpected = load_model(AutoModelForSequenceClassification, path, tokenizer, positions, flag, new_head)
+    model, unexpected = load_model(AutoModelForSequenceClassification, path, tokenizer, positions, flag, **changes)
     offset = getattr(model.config, "normalization_offset", 0.0)
     if not hasattr(model, "score") or model.num_labels != 1:
         fail(f"{flag} {path}: {model.num_labels} labels, or no head named score; needed is a classifier with one label")
@@ -389,12 +371,11 @@ def read_rows(source: str, split: str, columns: list[str], flag: str) -> list[di
 def load_tokenizer(path: str, flag: str):
     """The tokenizer of a model folder or hub id, with [PAD] as pad token."""
     with explain(f"{flag} {path}: no tokenizer can be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        empty = not encode(tokenizer, "a")  # without tokenizer files, transformers makes up an empty one
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # without files, an empty one
     # Detail 3 (PAD and EOS): the pad token is a new one, even if the tokenizer brings its own, and never EOS: with
     # pad == EOS the loss mask hides EOS as well, and the model never learns to stop.
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    if empty or tokenizer.eos_token_id in (None, tokenizer.pad_token_id):
+    if not encode(tokenizer, "a") or tokenizer.eos_token_id in (None, tokenizer.pad_token_id):
         fail(f"{flag} {path}: no tokenizer files, or no EOS token, so that a response could never end")
     return tokenizer
 
@@ -430,11 +411,6 @@ def make_query(tokenizer, head: str, body: str, tail: str, max_tokens: int) -> t
         body = body[: end if newline < 0 else newline]
 
 
-def is_text(value) -> bool:
-    """Whether a value is a string that can be encoded: JSON may hold one half of a surrogate pair."""
-    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
-
-
 def tokenize_post(args, row: dict, tokenizer) -> dict:
     """A raw post -> `id`; `query`, `reference` (text); `query_tokens` (ids); `tokens` (ids of query and reference, EOS
     last); `problem` (why the row cannot be used, or "").
@@ -453,14 +429,13 @@ def tokenize_post(args, row: dict, tokenizer) -> dict:
     # Detail 3 (space and EOS): the completion begins with one space (summaries lack it) and ends with EOS.
     # Detail 5 (joined): query and response are joined as text and tokenized together.
     reference = " " + row["summary"].lstrip()
-    query_tokens = np.array(query_tokens, dtype=np.int32)
-    tokens = np.array([*encode(tokenizer, query + reference), tokenizer.eos_token_id], dtype=np.int32)
+    tokens = [*encode(tokenizer, query + reference), tokenizer.eos_token_id]
     # Detail 4 (lengths): a response that is too long is left out, not cut, since the cut would remove its EOS.
     if len(tokens) - len(query_tokens) > args.max_response_length:
         post["problem"] = f"the summary is longer than {args.max_response_length} tokens"
     elif len(tokens) > args.max_query_response_length:
         post["problem"] = f"longer than {args.max_query_response_length} tokens with its query"
-    return post | dict(query=query, reference=reference, query_tokens=query_tokens, tokens=tokens)
+    return post | dict(query=query, reference=reference, query_tokens=np.int32(query_tokens), tokens=np.int32(tokens))
 
 
 def load_posts(args, split: str, tokenizer, accelerator: Accelerator) -> list[dict]:
@@ -488,15 +463,6 @@ def keep_usable(rows: list[dict], where: str, accelerator: Accelerator) -> list[
     return usable
 
 
-def take_rows(num_rows: int, seed: int, start: int, stop: int) -> np.ndarray:
-    """Row numbers at positions start .. stop - 1 of the endless stream of rows, which has a new order in every pass."""
-    # Detail S (data order): every process computes the same stream from the same seed and takes its own share.
-    # If each shuffled with a seed of its own before taking its share, 8 processes would see 66% of the rows.
-    passes = range(start // num_rows, (stop - 1) // num_rows + 1)
-    stream = np.concatenate([np.random.default_rng([seed, epoch]).permutation(num_rows) for epoch in passes])
-    return stream[start - passes[0] * num_rows :][: stop - start]
-
-
 def micro_batches(args, accelerator: Accelerator, rows: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
     """Cut the row numbers of a global batch into micro-batches of similar length; return those of this process."""
     # Similar lengths need little padding. The longest come first, so that a lack of memory shows at once. The order
@@ -512,16 +478,19 @@ def pad_rows(rows: list, pad_token_id: int, side: str, device) -> torch.Tensor:
     return pad_sequence(rows, batch_first=True, padding_value=pad_token_id, padding_side=side).to(device)
 
 
-def read_comparison(row: dict) -> dict:
-    """A raw comparison -> `query`, its three parts (head, body, tail); `chosen` and `rejected`, texts; `problem`, why
-    it cannot be used, or ""; and what the evaluation groups by: `id`, `batch`, `confidence`, `policies` ("": unknown).
+def tokenize_comparison(row: dict, tokenizer, limits: tuple, news_limits: tuple) -> dict:
+    """A raw comparison -> `chosen` and `rejected`, ids of query and summary, EOS last; `problem`, why it cannot be
+    used, or ""; and what the evaluation groups by: `id`, `batch`, `confidence`, `policies` ("": unknown).
+    limits: of query, summary, and both, in tokens; news_limits: those of CNN/DM.
     """
     pair = dict.fromkeys(("id", "batch", "confidence", "policies", "problem"), "")
+    subreddit = ""
+    title = ""
     if row.get("summaries") is None:  # the schema of most preference sets: prompt, chosen, rejected
         texts = [row.get("prompt"), row.get("chosen"), row.get("rejected")]
         prompt = str(texts[0]).strip()
         tail = "\n\nTL;DR:" if prompt.endswith("TL;DR:") else ""
-        pair["query"] = ("", prompt.removesuffix("TL;DR:").strip(), tail)
+        parts = ("", prompt.removesuffix("TL;DR:").strip(), tail)
     else:  # OpenAI's schema: info, summaries, choice. The paper's set has columns chosen and rejected beside them
         info, extra = [row[name] if isinstance(row.get(name), dict) else {} for name in ("info", "extra")]
         summaries = row["summaries"] if isinstance(row["summaries"], list) else []
@@ -536,43 +505,29 @@ def read_comparison(row: dict) -> dict:
         texts = [info.get("post") or info.get("article")] + [summary.get("text") for summary in summaries]
         if row["choice"] == 1:
             texts = [texts[0], *reversed(texts[1:])]
-        pair["query"] = format_post(subreddit, title, texts[0])
+        parts = format_post(subreddit, title, texts[0])
         if info.get("article") and not info.get("post"):
             # Truncated including the last newline, which is stripped after that, as in the published code.
-            pair["query"] = ("Article:\n", texts[0], "\n\nTL;DR:\n")
-        if not is_text(subreddit) or not is_text(title):
-            return pair | {"problem": "subreddit or title is not a text"}
-    if len(texts) != 3 or not all(is_text(text) and text.strip() for text in texts):
-        return pair | {"problem": "post, article or prompt, or one of two summaries, is missing or not a text"}
-    pair["chosen"] = texts[1]
-    pair["rejected"] = texts[2]
+            parts = ("Article:\n", texts[0], "\n\nTL;DR:\n")
+    for text in (subreddit, title, *texts):
+        if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):  # JSON may hold half a surrogate pair
+            return pair | {"problem": "subreddit, title, post, article, prompt or a summary is missing or not a text"}
+    if len(texts) != 3 or not all(text.strip() for text in texts):
+        return pair | {"problem": "not two summaries, or one of the texts is empty"}
     if texts[1].strip() == texts[2].strip():
-        pair["problem"] = "the summaries are the same"  # nothing can be learned from it
-    return pair
-
-
-def tokenize_comparison(row: dict, tokenizer, limits: tuple, news_limits: tuple) -> dict:
-    """A raw comparison -> `chosen` and `rejected`, ids of query and summary, EOS last; `query_length`, in tokens; and
-    the rest of `read_comparison`. limits: of query, summary, and both, in tokens; news_limits: those of CNN/DM.
-    """
-    pair = read_comparison(row)
-    if pair["problem"]:
-        return pair
+        return pair | {"problem": "the summaries are the same"}  # nothing can be learned from it
     if pair["batch"] in CNNDM_BATCHES:
         limits = news_limits
-    query, token_ids = make_query(tokenizer, *pair["query"], limits[0])
+    query = make_query(tokenizer, *parts, limits[0])[0].strip()
     if not query:
         return pair | {"problem": f"the post cannot be cut to {limits[0]} query tokens"}
-    if query != query.strip():
-        query = query.strip()
-        token_ids = encode(tokenizer, query)
-    pair["query_length"] = len(token_ids)
-    for side in ("chosen", "rejected"):
+    query_length = len(encode(tokenizer, query))
+    for side, summary in (("chosen", texts[1]), ("rejected", texts[2])):
         # Detail 3 (space and EOS): the summary begins with one space and ends with EOS.
         # Detail 5 (joined): query and summary are joined as text and tokenized together.
-        token_ids = [*encode(tokenizer, query + " " + pair[side].lstrip()), tokenizer.eos_token_id]
+        token_ids = [*encode(tokenizer, query + " " + summary.lstrip()), tokenizer.eos_token_id]
         pair[side] = np.array(token_ids, dtype=np.int32)
-        if len(token_ids) - pair["query_length"] > limits[1]:
+        if len(token_ids) - query_length > limits[1]:
             pair["problem"] = f"a summary is longer than {limits[1]} tokens"
         elif len(token_ids) > limits[2]:
             pair["problem"] = f"longer than {limits[2]} tokens with its query"
@@ -596,16 +551,14 @@ def load_evaluation(args, config, tokenizer, accelerator: Accelerator) -> tuple[
     """The TL;DR pairs, the CNN/DM pairs (perhaps none) and the posts of the evaluation split."""
     limits = (args.max_query_length, args.max_response_length, args.max_query_response_length)
     # News articles are long: a row longer than the model's positions is left out.
-    longest = min(args.max_cnndm_query_response_length, getattr(config, "max_position_embeddings", None) or math.inf)
-    news_limits = (min(args.max_cnndm_query_length, longest), args.max_cnndm_response_length, longest)
+    longest = min(CNNDM_LIMITS[2], getattr(config, "max_position_embeddings", None) or math.inf)
+    news_limits = (min(CNNDM_LIMITS[0], longest), CNNDM_LIMITS[1], longest)
     # CNN/DM rows: among the others as in OpenAI's own files, in a split of their own, or absent.
     pairs = load_comparisons(args, args.eval_split, tokenizer, limits, news_limits, accelerator)
     news = [pair for pair in pairs if pair["batch"] in CNNDM_BATCHES]
-    with explain(f"--label_dataset {args.label_dataset}: its splits cannot be listed"):
-        if os.path.isdir(args.label_dataset):
-            own_split = any(Path(args.label_dataset).rglob("validation_cnndm*"))
-        else:
-            own_split = "validation_cnndm" in get_dataset_split_names(args.label_dataset)
+    own_split = any(Path(args.label_dataset).rglob("validation_cnndm*"))
+    if not os.path.isdir(args.label_dataset):
+        own_split = "validation_cnndm" in get_dataset_split_names(args.label_dataset)
     if own_split:
         news += load_comparisons(args, "validation_cnndm", tokenizer, news_limits, news_limits, accelerator)
     pairs = [pair for pair in pairs if pair["batch"] not in CNNDM_BATCHES]
@@ -669,31 +622,27 @@ def start_accelerator(args) -> Accelerator:
     sys.stdout.reconfigure(errors="backslashreplace")  # for terminals without UTF-8
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    steps = args.gradient_accumulation_steps
-    os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(steps)  # a launcher's would take precedence
-    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if args.bf16 else "no"
-    timeout = timedelta(hours=2)  # of processes that wait for each other, for slow disks and hubs
-    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available():
-        PartialState(cpu=True, timeout=timeout)  # makes gloo the backend
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):  # glibc: keep freed memory, or page faults cost a CPU run 40% of its training time
-            for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-                libc.mallopt(option, 2**31 - 1) or libc.mallopt(option, 2**25)  # older versions take no more
-        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-            import deepspeed
+    on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available()
+    libc = ctypes.CDLL(None)
+    if on_cpu and hasattr(libc, "mallopt"):  # glibc: keep freed memory, or page faults take 40% of the training time
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            libc.mallopt(option, 2**31 - 1) or libc.mallopt(option, 2**25)  # older versions take no more
+    if on_cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        import deepspeed
 
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled for minutes
-    group = InitProcessGroupKwargs(timeout=timeout)
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled for minutes
+    precision = "bf16" if args.bf16 else "no"
     with explain("accelerate cannot start with the launcher's configuration"):
-        accelerator = Accelerator(log_with="wandb" if args.track else None, kwargs_handlers=[group])
+        PartialState(cpu=on_cpu, timeout=timedelta(hours=2))  # processes wait for each other, for slow disks and hubs
+        accelerator = Accelerator(mixed_precision=precision, log_with="wandb" if args.track else None)
+    accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps  # not a launcher's
     if accelerator.state.deepspeed_plugin is not None:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         if config["zero_optimization"]["stage"] not in (1, 2) or "optimizer" in config:
             fail("DeepSpeed's configuration needs ZeRO stage 1 or 2, and no optimizer")
-        config.pop("fp16", None)
-        config |= {"bf16": {"enabled": args.bf16}, "gradient_clipping": 0.0}  # accelerate's default is to clip at 1.0
-        config |= {"gradient_accumulation_steps": steps, "train_micro_batch_size_per_gpu": args.local_micro_batch_size}
-        config["train_batch_size"] = args.local_micro_batch_size * steps * accelerator.num_processes
+        config |= {"fp16": {"enabled": False}, "bf16": {"enabled": args.bf16}, "gradient_clipping": 0.0}  # not 1.0
+        config |= {"gradient_accumulation_steps": args.gradient_accumulation_steps, "train_batch_size": "auto"}
+        config["train_micro_batch_size_per_gpu"] = args.local_micro_batch_size
     if accelerator.num_processes > 1:
         # gloo's threads need Python's lock to free their last tensors: a process that exits earlier may abort or hang.
         accelerator.state.process_group = torch.distributed.group.WORLD
@@ -756,8 +705,6 @@ def start_run(args, accelerator: Accelerator, record: dict, batch_size: int, dig
         write_text(f"{args.output_dir}/args.json", json.dumps(record, indent=2) + "\n")
         path = Path(f"{args.output_dir}/metrics.jsonl")
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        if len(lines) < update:
-            fail(f"{path} has {len(lines)} lines for {update} updates: put back what is missing")
         write_text(str(path), "".join(lines[:update]))  # what follows the checkpoint is computed and logged again
     return update
 
@@ -785,9 +732,8 @@ def log_metrics(metrics: dict, args, accelerator: Accelerator):
         fail(f"{', '.join(broken)} not finite at episode {metrics['episode']}: check data and weights, or lower --lr")
     path = f"{args.output_dir}/metrics.jsonl"
     if accelerator.is_main_process:
-        message = f"{path} cannot be written: make room, then continue with --resume"
-        with explain(message), open(path, "a", encoding="utf-8") as file:  # closed after every line: a kill loses none
-            file.write(json.dumps(metrics) + "\n")
+        with explain(f"{path} cannot be written: make room, then --resume"), open(path, "a") as file:
+            file.write(json.dumps(metrics) + "\n")  # closed after every line: a kill loses none
     accelerator.log(metrics, step=metrics["episode"])
 
 
@@ -816,14 +762,12 @@ def main():
         fail(f"{episodes} pairs do not fill one batch of {batch_size}: lower --local_micro_batch_size")
 
     # 2. Model and optimizer.
-    new_head = not args.reward_model_path
-    classifier = load_classifier(path, tokenizer, args.max_query_response_length, flag, new_head)
-    if new_head:
-        init_head(classifier)
+    changes = {} if args.reward_model_path else {"num_labels": 1}
+    classifier = load_classifier(path, tokenizer, args.max_query_response_length, flag, **changes)
     if args.gradient_checkpointing:
         classifier.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     evaluation = load_evaluation(args, classifier.config, tokenizer, accelerator) if args.run_eval else ()
-    model = RewardModel(classifier)
+    model = RewardModel(classifier, new_head=not args.reward_model_path)
     # A digest of the data and of some initial weights: a resumed run must start from the same.
     arrays = [pair[side] for pair in pairs for side in ("chosen", "rejected")] + [post["tokens"] for post in posts]
     arrays += [parameter.detach().flatten()[:1000].numpy() for parameter in model.parameters()]

@@ -52,7 +52,7 @@ import torch.nn.functional as F
 import transformers
 import tyro
 from accelerate import Accelerator, PartialState
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import load_dataset, load_from_disk
 from filelock import FileLock
 from pyarrow.parquet import ParquetFile
@@ -88,7 +88,6 @@ class Args:
     local_micro_batch_size: int = 16  # rows per forward pass and process
     gradient_accumulation_steps: int = 1  # batch = micro-batch x this x processes (the paper's is 128)
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
-    response_loss_only: bool = False  # train on the response tokens only; the paper trains on query and response tokens
     # ---- Evaluation ----
     run_eval: bool = False  # after training, measure loss and ROUGE on --eval_split and write samples_<split>.csv
     eval_split: Literal["validation", "test"] = "validation"  # split that --run_eval uses
@@ -113,23 +112,27 @@ def train(args, accelerator: Accelerator, model, optimizer, pad_token_id: int, p
     """The training loop: per update, one optimizer step over one global batch of posts, one line of metrics.jsonl."""
     num_updates = updates.stop
     lengths = np.array([len(post["tokens"]) for post in posts])
-    first_targets = np.array([first_target(args, post) for post in posts])
+    # Detail S (data order): the same on all processes, new in every pass. If each shuffled with its own seed before it
+    # takes its share, 8 processes would see 66% of the rows.
+    passes = range(num_updates * batch_size // max(1, len(posts)) + 1)
+    order = np.concatenate([np.random.default_rng([args.seed, epoch]).permutation(len(posts)) for epoch in passes])
     started = time.time()
-    progress = dict(desc="SFT", initial=updates.start, total=num_updates, disable=not accelerator.is_main_process)
-    for update in tqdm(updates, **progress):
+    for update in tqdm(updates, desc="SFT", disable=not accelerator.is_main_process):
         model.train()  # there is no dropout (Detail 7), but gradient checkpointing works in this mode only
-        # The learning rate is set by hand before every update. A resumed run needs no scheduler state.
-        lr = args.lr * lr_lambda(update, num_updates, args.warm_up_steps)
+        # Linear warm-up, then annealed to 0 along a cosine. Set by hand: a resumed run needs no scheduler state.
+        progress = (update - args.warm_up_steps) / max(1, num_updates - args.warm_up_steps)
+        lr = args.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
+        if update < args.warm_up_steps:
+            lr = args.lr * update / args.warm_up_steps
         for group in optimizer.param_groups:
             group["lr"] = lr
-        rows = take_rows(len(posts), args.seed, update * batch_size, (update + 1) * batch_size)
-        # Counted over the WHOLE batch, on all processes: so the gradient is the same however the batch is cut into
-        # micro-batches and processes.
-        num_targets = int((lengths - first_targets)[rows].sum())
+        rows = order[update * batch_size : (update + 1) * batch_size]
+        # Counted over the WHOLE batch, on all processes: the gradient does not depend on how it is cut.
+        num_targets = int((lengths[rows] - 1).sum())
         loss_sum = torch.zeros((), device=accelerator.device)
         for mine in micro_batches(args, accelerator, rows, lengths):
             with accelerator.accumulate(model):
-                logprobs = target_logprobs(args, accelerator, model, [posts[i] for i in mine], pad_token_id)
+                logprobs = target_logprobs(accelerator, model, [posts[i] for i in mine], pad_token_id)
                 loss = -logprobs.sum() / num_targets
                 # Divided by the global count already: undo accelerate's division by steps and processes.
                 accelerator.backward(loss * args.gradient_accumulation_steps * accelerator.num_processes)
@@ -148,33 +151,15 @@ def train(args, accelerator: Accelerator, model, optimizer, pad_token_id: int, p
         save_checkpoint(args, accelerator, update + 1, num_updates)
 
 
-def lr_lambda(update: int, num_updates: int, warm_up_steps: int) -> float:
-    """Learning rate of update 0, 1, ... as a share of its peak: linear warm-up, then annealed to 0 along a cosine.
-
-    >>> [round(lr_lambda(update, 4, 0), 3) for update in range(4)]
-    [1.0, 0.854, 0.5, 0.146]
-    """
-    if update < warm_up_steps:
-        return update / warm_up_steps
-    progress = (update - warm_up_steps) / max(1, num_updates - warm_up_steps)
-    return 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def first_target(args, post: dict) -> int:
-    """The index of the first target among the tokens of a post."""
-    # Detail 9 (SFT loss): on query AND response, so the model adapts to the posts too, which have far more text.
-    return len(post["query_tokens"]) if args.response_loss_only else 1
-
-
-def target_logprobs(args, accelerator: Accelerator, model, posts: list[dict], pad_token_id: int) -> torch.Tensor:
+def target_logprobs(accelerator: Accelerator, model, posts: list[dict], pad_token_id: int) -> torch.Tensor:
     """The logprob of each target token of some posts, 0 where there is none: (B, T)."""
     token_ids = pad_rows([post["tokens"] for post in posts], pad_token_id, "right", accelerator.device)  # (B, T)
-    index = torch.arange(token_ids.shape[1], device=accelerator.device)  # (T,)
-    first = torch.tensor([first_target(args, post) for post in posts], device=accelerator.device)  # (B,)
+    # Detail 9 (SFT loss): on query AND response, so the model adapts to the posts too, which have far more text.
     # Detail 3 (PAD and EOS): [PAD] is no target, EOS is one: the model learns to stop.
-    targets = (token_ids != pad_token_id) & (index >= first[:, None])  # (B, T)
-    # Only the logits one position before each target are computed. Column 0 is never a target, so nothing wraps. No
-    # attention mask is needed for padding on the right: a causal model never looks at it.
+    targets = token_ids != pad_token_id  # (B, T)
+    targets[:, 0] = False  # nothing comes before the first token
+    # Only the logits one position before each target are computed. No attention mask is needed for padding on the
+    # right: a causal model never looks at it.
     keep = targets.roll(-1, dims=1)  # (B, T)
     logits = model(input_ids=token_ids, logits_to_keep=keep, use_cache=False).logits.float()  # (K, V)
     logprobs = -F.cross_entropy(logits, token_ids[targets], reduction="none")  # (K,)
@@ -227,13 +212,14 @@ def evaluate(args, accelerator: Accelerator, model, tokenizer, posts: list[dict]
     mine = posts[rank * share : (rank + 1) * share]
     size = args.local_eval_batch_size
     pad = tokenizer.pad_token_id
-    seed_everything(args.seed, rank, update=0)
+    entropy = [args.seed + 100003 * rank, 0]
+    torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
     policy = accelerator.unwrap_model(model).eval()
     samples = []
     for start in tqdm(range(0, len(mine), size), desc="evaluation", disable=rank > 0):
         part = mine[start : start + size]
         with accelerator.autocast():
-            logprobs = target_logprobs(args, accelerator, policy, part, pad)  # (B, T)
+            logprobs = target_logprobs(accelerator, policy, part, pad)  # (B, T)
         tokens = [post["query_tokens"] for post in part]
         batch = sample_responses(args, accelerator, policy, tokenizer, tokens, args.eval_temperature, size)
         responses = batch["responses"]
@@ -257,37 +243,34 @@ def evaluate(args, accelerator: Accelerator, model, tokenizer, posts: list[dict]
     kinds = ("rouge1", "rouge2", "rougeL")
     scorer = RougeScorer(kinds, use_stemmer=False)
     scores = [scorer.score(reference, response) for reference, response in zip(table.reference, table.response)]
-    num_targets = sum(len(post["tokens"]) - first_target(args, post) for post in posts)
+    num_targets = sum(len(post["tokens"]) - 1 for post in posts)
     results = {"eval/rows": len(samples), "eval/loss": float(samples.loss.sum() / num_targets)}
     results |= {f"eval/{name}": float(samples[name].mean()) for name in ("response_length", "eos_share")}
     return results | {f"eval/{kind}": float(np.mean([score[kind].fmeasure for score in scores])) for kind in kinds}
 
 
 # ---- Model -----------------------------------------------------------------------------------------------------------
-def load_model(model_class, path: str, tokenizer, positions: int, flag: str, new_head: bool = False):
+def load_model(model_class, path: str, tokenizer, positions: int, flag: str, **changes):
     """A model in fp32, without dropout, with a row for every token id; also the names of unexpected weights."""
     with explain(f"{flag} {path}: cannot be loaded as {model_class.__name__}"):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **changes)
         config._attn_implementation = None  # ignore the saved one: transformers chooses the kernel
         # Detail 7 (dropout off): with dropout, every forward pass gives other logprobs: the KL penalty is noise and
         # PPO's first ratios are not 1. Set in the config, from which GPT-NeoX's attention reads it.
         for name, value in config.to_dict().items():
             if ("dropout" in name or name.endswith(("pdrop", "jitter_noise"))) and isinstance(value, (int, float)):
                 setattr(config, name, 0.0)
-        if new_head:
-            config.num_labels = 1
         # Detail 8 (fp32 masters): Pythia's checkpoints are fp16, in which most updates at lr 3e-6 are rounded away.
         # bf16 is for the computation only (autocast, or DeepSpeed's).
         options = dict(dtype=torch.float32, trust_remote_code=False, output_loading_info=True)
         model, info = model_class.from_pretrained(path, config=config, **options)
     body = model.base_model_prefix
     misfits = {name for name in info["unexpected_keys"] if name.startswith(body) and name.endswith("weight")}
-    misfits |= info["missing_keys"] - ({"score.weight"} if new_head else set())
+    misfits |= info["missing_keys"] - ({"score.weight"} if changes else set())
     rows = model.get_input_embeddings().num_embeddings
     other_tokenizer = tokenizer.eos_token_id >= rows or len(tokenizer) > 1.1 * rows
     limit = getattr(config, "max_position_embeddings", None) or math.inf
     problems = {
-        "an encoder-decoder model; needed is a decoder-only one": config.is_encoder_decoder,
         "quantized: dequantize it first": hasattr(config, "quantization_config"),
         "an adapter: merge it into its base model first": os.path.exists(f"{path}/adapter_config.json"),
         f"weights and config do not fit: {min(misfits, default='')}": misfits,
@@ -355,12 +338,11 @@ def read_rows(source: str, split: str, columns: list[str], flag: str) -> list[di
 def load_tokenizer(path: str, flag: str):
     """The tokenizer of a model folder or hub id, with [PAD] as pad token."""
     with explain(f"{flag} {path}: no tokenizer can be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        empty = not encode(tokenizer, "a")  # without tokenizer files, transformers makes up an empty one
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # without files, an empty one
     # Detail 3 (PAD and EOS): the pad token is a new one, even if the tokenizer brings its own, and never EOS: with
     # pad == EOS the loss mask hides EOS as well, and the model never learns to stop.
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    if empty or tokenizer.eos_token_id in (None, tokenizer.pad_token_id):
+    if not encode(tokenizer, "a") or tokenizer.eos_token_id in (None, tokenizer.pad_token_id):
         fail(f"{flag} {path}: no tokenizer files, or no EOS token, so that a response could never end")
     return tokenizer
 
@@ -414,14 +396,13 @@ def tokenize_post(args, row: dict, tokenizer) -> dict:
     # Detail 3 (space and EOS): the completion begins with one space (summaries lack it) and ends with EOS.
     # Detail 5 (joined): query and response are joined as text and tokenized together.
     reference = " " + row["summary"].lstrip()
-    query_tokens = np.array(query_tokens, dtype=np.int32)
-    tokens = np.array([*encode(tokenizer, query + reference), tokenizer.eos_token_id], dtype=np.int32)
+    tokens = [*encode(tokenizer, query + reference), tokenizer.eos_token_id]
     # Detail 4 (lengths): a response that is too long is left out, not cut, since the cut would remove its EOS.
     if len(tokens) - len(query_tokens) > args.max_response_length:
         post["problem"] = f"the summary is longer than {args.max_response_length} tokens"
     elif len(tokens) > args.max_query_response_length:
         post["problem"] = f"longer than {args.max_query_response_length} tokens with its query"
-    return post | dict(query=query, reference=reference, query_tokens=query_tokens, tokens=tokens)
+    return post | dict(query=query, reference=reference, query_tokens=np.int32(query_tokens), tokens=np.int32(tokens))
 
 
 def load_posts(args, split: str, tokenizer, accelerator: Accelerator) -> list[dict]:
@@ -449,15 +430,6 @@ def keep_usable(rows: list[dict], where: str, accelerator: Accelerator) -> list[
     return usable
 
 
-def take_rows(num_rows: int, seed: int, start: int, stop: int) -> np.ndarray:
-    """Row numbers at positions start .. stop - 1 of the endless stream of rows, which has a new order in every pass."""
-    # Detail S (data order): every process computes the same stream from the same seed and takes its own share.
-    # If each shuffled with a seed of its own before taking its share, 8 processes would see 66% of the rows.
-    passes = range(start // num_rows, (stop - 1) // num_rows + 1)
-    stream = np.concatenate([np.random.default_rng([seed, epoch]).permutation(num_rows) for epoch in passes])
-    return stream[start - passes[0] * num_rows :][: stop - start]
-
-
 def micro_batches(args, accelerator: Accelerator, rows: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
     """Cut the row numbers of a global batch into micro-batches of similar length; return those of this process."""
     # Similar lengths need little padding. The longest come first, so that a lack of memory shows at once. The order
@@ -471,13 +443,6 @@ def pad_rows(rows: list, pad_token_id: int, side: str, device) -> torch.Tensor:
     """Token ids of different lengths -> one (B, T) tensor, padded on one side to the longest of them."""
     rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
     return pad_sequence(rows, batch_first=True, padding_value=pad_token_id, padding_side=side).to(device)
-
-
-def seed_everything(seed: int, process: int, update: int):
-    """Seed PyTorch for one update and process."""
-    # Detail S (sampling seeds): every process samples with its own seed. With the same batch sizes, what is sampled
-    # depends on seed, process and update alone: a resumed run samples what the uninterrupted run would have sampled.
-    torch.manual_seed(int(np.random.SeedSequence([seed + 100003 * process, update]).generate_state(1)[0]))
 
 
 # ---- What every long run needs. Of the algorithm, only the optimizer is below this line, in `main` -------------------
@@ -535,31 +500,27 @@ def start_accelerator(args) -> Accelerator:
     sys.stdout.reconfigure(errors="backslashreplace")  # for terminals without UTF-8
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    steps = args.gradient_accumulation_steps
-    os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(steps)  # a launcher's would take precedence
-    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if args.bf16 else "no"
-    timeout = timedelta(hours=2)  # of processes that wait for each other, for slow disks and hubs
-    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available():
-        PartialState(cpu=True, timeout=timeout)  # makes gloo the backend
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):  # glibc: keep freed memory, or page faults cost a CPU run 40% of its training time
-            for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-                libc.mallopt(option, 2**31 - 1) or libc.mallopt(option, 2**25)  # older versions take no more
-        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-            import deepspeed
+    on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available()
+    libc = ctypes.CDLL(None)
+    if on_cpu and hasattr(libc, "mallopt"):  # glibc: keep freed memory, or page faults take 40% of the training time
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            libc.mallopt(option, 2**31 - 1) or libc.mallopt(option, 2**25)  # older versions take no more
+    if on_cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        import deepspeed
 
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled for minutes
-    group = InitProcessGroupKwargs(timeout=timeout)
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled for minutes
+    precision = "bf16" if args.bf16 else "no"
     with explain("accelerate cannot start with the launcher's configuration"):
-        accelerator = Accelerator(log_with="wandb" if args.track else None, kwargs_handlers=[group])
+        PartialState(cpu=on_cpu, timeout=timedelta(hours=2))  # processes wait for each other, for slow disks and hubs
+        accelerator = Accelerator(mixed_precision=precision, log_with="wandb" if args.track else None)
+    accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps  # not a launcher's
     if accelerator.state.deepspeed_plugin is not None:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         if config["zero_optimization"]["stage"] not in (1, 2) or "optimizer" in config:
             fail("DeepSpeed's configuration needs ZeRO stage 1 or 2, and no optimizer")
-        config.pop("fp16", None)
-        config |= {"bf16": {"enabled": args.bf16}, "gradient_clipping": 0.0}  # accelerate's default is to clip at 1.0
-        config |= {"gradient_accumulation_steps": steps, "train_micro_batch_size_per_gpu": args.local_micro_batch_size}
-        config["train_batch_size"] = args.local_micro_batch_size * steps * accelerator.num_processes
+        config |= {"fp16": {"enabled": False}, "bf16": {"enabled": args.bf16}, "gradient_clipping": 0.0}  # not 1.0
+        config |= {"gradient_accumulation_steps": args.gradient_accumulation_steps, "train_batch_size": "auto"}
+        config["train_micro_batch_size_per_gpu"] = args.local_micro_batch_size
     if accelerator.num_processes > 1:
         # gloo's threads need Python's lock to free their last tensors: a process that exits earlier may abort or hang.
         accelerator.state.process_group = torch.distributed.group.WORLD
@@ -622,8 +583,6 @@ def start_run(args, accelerator: Accelerator, record: dict, batch_size: int, dig
         write_text(f"{args.output_dir}/args.json", json.dumps(record, indent=2) + "\n")
         path = Path(f"{args.output_dir}/metrics.jsonl")
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        if len(lines) < update:
-            fail(f"{path} has {len(lines)} lines for {update} updates: put back what is missing")
         write_text(str(path), "".join(lines[:update]))  # what follows the checkpoint is computed and logged again
     return update
 
@@ -651,9 +610,8 @@ def log_metrics(metrics: dict, args, accelerator: Accelerator):
         fail(f"{', '.join(broken)} not finite at episode {metrics['episode']}: check data and weights, or lower --lr")
     path = f"{args.output_dir}/metrics.jsonl"
     if accelerator.is_main_process:
-        message = f"{path} cannot be written: make room, then continue with --resume"
-        with explain(message), open(path, "a", encoding="utf-8") as file:  # closed after every line: a kill loses none
-            file.write(json.dumps(metrics) + "\n")
+        with explain(f"{path} cannot be written: make room, then --resume"), open(path, "a") as file:
+            file.write(json.dumps(metrics) + "\n")  # closed after every line: a kill loses none
     accelerator.log(metrics, step=metrics["episode"])
 
 
@@ -664,7 +622,6 @@ def main():
     accelerator = start_accelerator(args)
     batch_size = args.local_micro_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     record = open_run(args, accelerator, batch_size)
-    torch.manual_seed(args.seed)
     path = args.base_model
     if os.path.isdir(f"{path}/model"):  # the output folder of a run
         path = f"{path}/model"

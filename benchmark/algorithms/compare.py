@@ -191,7 +191,7 @@ class Comparison(Harness):
                 ppo.response_logprobs(m, token_ids, positions, responses, pad, TEMPERATURE)[0] for m in policies
             ]
             sums["eval/kl"] += float((new - old).sum())
-            sums["eval/score"] += float(reward_model(token_ids, ppo.last_token_idx(token_ids, pad)))
+            sums["eval/score"] += float(reward_model(token_ids, torch.tensor([[token_ids.shape[1] - 1]])))
             sums["eval/response_length"] += responses.shape[1]
         return {name: value / len(rows) for name, value in sums.items()}
 

@@ -158,7 +158,8 @@ def test_rows_that_are_too_long_are_left_out_and_not_cut(tokenizer):
     (row,) = tokenize([post], tokenizer)
     (pair,) = compare([PAIR], tokenizer)
     total, both = len(row["tokens"]), max(len(pair["chosen"]), len(pair["rejected"]))
-    response, summary = total - len(row["query_tokens"]), both - pair["query_length"]
+    query = reward.encode(tokenizer, slow_query(PAIR["info"], tokenizer, 512))
+    response, summary = total - len(row["query_tokens"]), both - len(query)
     for less in (0, 1):
         for limit in (dict(max_response_length=response - less), dict(max_query_response_length=total - less)):
             assert ("longer than" in tokenize([post], tokenizer, **limit)[0]["problem"]) == bool(less)
@@ -285,8 +286,10 @@ def test_prompt_chosen_rejected(tmp_path):
     found, cut = load_pairs(tmp_path, tokenizer), compare(others, tokenizer, (40, 169, 638))
     for pair, expected, short, row in zip(found, compare(rows, tokenizer), cut, others, strict=True):
         assert all((pair[name] == expected[name]).all() for name in ("chosen", "rejected"))
-        kept = tokenizer.decode(short["chosen"]).split("\n\nTL;DR: ")[0].split("\n")
-        assert kept == row["prompt"].removesuffix("\n\nTL;DR:").split("\n")[: len(kept)] and short["query_length"] <= 40
+        query = tokenizer.decode(short["chosen"]).split("\n\nTL;DR: ")[0]
+        kept = query.split("\n")
+        assert kept == row["prompt"].removesuffix("\n\nTL;DR:").split("\n")[: len(kept)]
+        assert count(tokenizer, query + "\n\nTL;DR:") <= 40
 
 
 def test_cnndm_format_and_truncation():
@@ -323,12 +326,12 @@ def test_unusable_comparisons_are_named_and_counted(tmp_path, capsys):
     assert [pair["id"] for pair in pairs] == [row["info"]["id"] for row in good]
     assert [pairs[2][name] for name in ("batch", "confidence", "policies")] == ["", "", "unknown | unknown"]
     out = capsys.readouterr().out
-    reasons = ("3 of 16 rows can be used", "11 x post, article", "1 x subreddit or title")
-    reasons += ("1 x the summaries are the same (first id: t3_24_0)",)
+    reasons = ("3 of 16 rows can be used", "1 x the summaries are the same (first id: t3_24_0)")
+    reasons += ("5 x not two summaries, or one of the texts is empty", "7 x subreddit, title, post, article, prompt")
     assert all(reason in out for reason in reasons)
 
 
-def test_cnndm_pairs_come_from_their_split_or_from_their_batches(tmp_path):
+def test_cnndm_pairs_come_from_their_split_or_from_their_batches(tmp_path, monkeypatch):
     """Details 1 and 17: the hub set has a split of them, OpenAI's own files mix both kinds under batch names."""
     tldr, news = make_pairs(6, 27), make_pairs(8, 28, news=True)
     news[0]["batch"] = "batch0_cnndm"
@@ -338,11 +341,12 @@ def test_cnndm_pairs_come_from_their_split_or_from_their_batches(tmp_path):
     write_rows(tmp_path / "split" / "validation_cnndm.jsonl", news)
     write_rows(tmp_path / "batches" / "validation.jsonl", news[:4] + tldr + news[4:])
     write_rows(tmp_path / "none" / "validation.jsonl", tldr)
+    monkeypatch.setattr(reward, "CNNDM_LIMITS", (1919, 1500, 2021))
     both = DatasetDict(validation=Dataset.from_list(tldr), validation_cnndm=Dataset.from_list(news))
     both.save_to_disk(tmp_path / "disk")
     for name in ("split", "batches", "none", "disk"):
         folders = dict(label_dataset=str(tmp_path / name), query_dataset=str(tmp_path / "posts"))
-        args = reward.Args(**folders, max_response_length=50, max_cnndm_response_length=1500)
+        args = reward.Args(**folders, max_response_length=50)
         found = reward.load_evaluation(args, SimpleNamespace(max_position_embeddings=2048), make_tokenizer(), PRINTER)
         for pairs, rows in zip(found, (tldr, news if name != "none" else [])):
             assert [pair["id"] for pair in pairs] == [row["info"]["id"] for row in rows]

@@ -5,6 +5,7 @@ definitions, closed forms, or another library.
 
 import doctest
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,6 @@ import pandas as pd
 import pytest
 import torch
 from common import SCRIPTS, assert_close, ppo, reward, sft
-from transformers import get_cosine_schedule_with_warmup
 
 PAD, EOS = 9, 0
 
@@ -44,9 +44,8 @@ def log_softmax(logits, temperature=1.0):
     return [x - total for x in scaled]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_doctests(script):
-    result = doctest.testmod(script)
+def test_doctests():
+    result = doctest.testmod(ppo)
     assert result.attempted > 0 and result.failed == 0
 
 
@@ -60,13 +59,6 @@ def test_whiten(shift_mean):
     assert_close(ppo.whiten(values, mask, shift_mean)[mask], expected + (0.0 if shift_mean else picked.mean()))
     constant = ppo.whiten(torch.full((2, 3), 7.0), torch.ones((2, 3), dtype=torch.bool), shift_mean)
     assert torch.isfinite(constant).all()  # no division by 0
-
-
-def test_missing_eos_penalty_replaces_the_score():
-    responses = torch.tensor([[5, 0, 9], [5, 5, 5], [5, 5, 0], [0, 9, 9]])
-    scores = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    for penalty, expected in [(-1.0, -1.0), (0.0, 0.0), (None, 2.0)]:  # instead of the score, not in addition
-        assert ppo.penalize_missing_eos(scores, responses, EOS, penalty).tolist() == [1.0, expected, 3.0, 4.0]
 
 
 def standardized(rows, shift_mean):
@@ -191,6 +183,21 @@ class Table:
         return SimpleNamespace(logits=self.logits[input_ids][logits_to_keep])
 
 
+@pytest.mark.parametrize("penalty", [-1.0, 0.0, None])
+def test_scores_are_read_at_the_last_token_and_replaced_without_eos(penalty):
+    queries = torch.tensor([[9, 4], [3, 4], [5, 6], [9, 2]])
+    responses = torch.tensor([[5, 0, 9], [5, 5, 7], [5, 5, 0], [0, 9, 9]])
+    unused = torch.zeros(4, 3)
+    nets = SimpleNamespace(model=lambda *_: (unused, unused, unused), ref_policy=Table())
+    nets.tokenizer = SimpleNamespace(pad_token_id=PAD, eos_token_id=EOS)
+    nets.reward_model = lambda token_ids, positions: 10.0 + token_ids.gather(1, positions)  # 10 at EOS, 17 at a 7
+    accelerator = SimpleNamespace(autocast=nullcontext, unwrap_model=lambda model: model)
+    args = SimpleNamespace(temperature=1.0, missing_eos_penalty=penalty)
+    found = ppo.forward_all(args, accelerator, nets, queries, responses)
+    assert found["rm_scores"].tolist() == [10, 17, 10, 10]
+    assert found["scores"].tolist() == [10, 17 if penalty is None else penalty, 10, 10]  # instead of it, not in addition
+
+
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 0.01])
 def test_rows_and_response_logprobs(temperature):
     """Detail T: logprob, entropy and gradient of the tempered distribution, at the response tokens alone."""
@@ -198,7 +205,6 @@ def test_rows_and_response_logprobs(temperature):
     rows = [query + [t for t in response if t != PAD] for query, response in zip(queries, responses.tolist())]
     token_ids, positions = ppo.join_rows(ppo.pad_rows(queries, PAD, "left", "cpu"), responses, PAD)
     assert token_ids.tolist() == ppo.pad_rows(rows, PAD, "right", "cpu").tolist()
-    assert ppo.last_token_idx(token_ids, PAD).squeeze(1).tolist() == [len(row) - 1 for row in rows]
     logprobs, entropy = ppo.response_logprobs(model, token_ids, positions, responses, PAD, temperature)
     gradient = torch.zeros(10, 10, dtype=torch.float64)
     for b, length in enumerate(lengths_of(responses)):
@@ -219,46 +225,13 @@ def test_rows_and_response_logprobs(temperature):
     assert min(lengths_of(responses)) < 5 and not entropy.requires_grad
 
 
-def test_pairwise_loss():
-    chosen = torch.tensor([2.0, -1.0, 0.5, 80.0, -80.0], dtype=torch.float64, requires_grad=True)
-    rejected = torch.tensor([1.0, 1.5, 0.5, -80.0, 80.0], dtype=torch.float64)
-    losses = reward.pairwise_loss(chosen, rejected)
-    margins = (chosen.detach() - rejected).tolist()
-    closed = [math.log1p(math.exp(-m)) if m > -50 else -m for m in margins]  # log(1 + e^-m) = -m for very wrong pairs
-    assert losses.tolist() == pytest.approx(closed, rel=1e-12)
-    losses.sum().backward()
-    assert_close(chosen.grad, [-1 / (1 + math.exp(m)) for m in margins])
-
-
-# ---- Learning rates and the order of the data ------------------------------------------------------------------------
-@pytest.mark.parametrize("warm_up", [0, 1, 5])
-@pytest.mark.parametrize("script", [sft, reward])
-def test_learning_rates(script, warm_up):
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, warm_up, 23)
-    for update in range(24):
-        assert script.lr_lambda(update, 23, warm_up) == pytest.approx(schedule.get_last_lr()[0], abs=1e-12)
-        optimizer.step()
-        schedule.step()
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_take_rows_gives_every_row_once_per_pass(script):
-    stream = np.concatenate([script.take_rows(37, 5, start, start + 8) for start in range(0, 37 * 8, 8)])
-    passes = stream.reshape(8, 37)
-    assert all(sorted(one) == list(range(37)) for one in passes)
-    assert len({tuple(one) for one in passes}) == 8  # a new order in every pass
-    assert np.array_equal(stream[30:90], script.take_rows(37, 5, 30, 90))  # however it is cut
-    assert not np.array_equal(stream, script.take_rows(37, 6, 0, 37 * 8))
-    assert len(script.take_rows(3, 5, 0, 20)) == 20  # a batch larger than the data
-
-
+# ---- Batches ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("world, micro, accumulation", [(1, 4, 3), (2, 3, 2), (8, 1, 1), (4, 16, 1), (3, 5, 4)])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_micro_batches_share_out_a_batch(script, world, micro, accumulation):
     """Detail S: all processes together train on every row of the batch once."""
     lengths = np.random.default_rng(1).integers(1, 100, 500)
-    rows = script.take_rows(500, 1, 0, world * micro * accumulation)
+    rows = np.random.default_rng(2).permutation(500)[: world * micro * accumulation]
     args, shares = SimpleNamespace(local_micro_batch_size=micro), []
     for rank in range(world):
         accelerator = SimpleNamespace(process_index=rank, num_processes=world)

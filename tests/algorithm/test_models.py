@@ -16,7 +16,7 @@ from common import read_metrics, reward, run_inside, sft, write_rows
 from safetensors.torch import load_file, save_file
 from test_math import slow_advantages
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, get_cosine_schedule_with_warmup
 
 R = 6  # tokens sampled per response
 H = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
@@ -88,7 +88,8 @@ def load_networks(sft_path, reward_path):
     tokenizer = ppo.load_tokenizer(sft_path, "")
     policy, reference = [ppo.load_causal_lm(sft_path, tokenizer, POSITIONS, "").eval() for _ in range(2)]
     heads = [ppo.ScalarModel(ppo.load_classifier(reward_path, tokenizer, POSITIONS, "")).eval() for _ in range(2)]
-    return ppo.Networks(ppo.PolicyAndValue(policy, heads[0], tokenizer.pad_token_id), reference, heads[1], tokenizer)
+    model = ppo.PolicyAndValue(policy, heads[0], tokenizer.pad_token_id)
+    return SimpleNamespace(model=model, ref_policy=reference, reward_model=heads[1], tokenizer=tokenizer)
 
 
 def load_lm(path, script=sft):
@@ -96,7 +97,7 @@ def load_lm(path, script=sft):
 
 
 def load_new_classifier(path):
-    return reward.load_classifier(path, reward.load_tokenizer(path, ""), 10, "", new_head=True)
+    return reward.load_classifier(path, reward.load_tokenizer(path, ""), 10, "", num_labels=1)
 
 
 def alone(model, ids):
@@ -136,7 +137,7 @@ def test_padded_rows_score_as_plain_transformers_does_alone(family, accelerator)
     classifier = AutoModelForSequenceClassification.from_pretrained(family.reward).eval()
     answers = [[5, 6, eos], [7, 8, 9, 10, eos], [eos], [5, 5, 9, 8, 7, 6]]
     queries, responses = ppo.pad_rows(family.queries, pad, "left", "cpu"), ppo.pad_rows(answers, pad, "right", "cpu")
-    found = ppo.forward_all(accelerator, family.nets, queries, responses, temperature=0.7)
+    found = ppo.forward_all(ppo.Args(), accelerator, family.nets, queries, responses)
     for i, (query, answer) in enumerate(zip(family.queries, answers)):
         n = len(answer)
         logprobs = (alone(lm, query + answer) / (0.7 + 1e-7)).log_softmax(-1)[len(query) - 1 : -1]
@@ -224,19 +225,45 @@ def assert_same_weights(found, expected, start):
     assert max((expected[name] - start[name].double()).abs().max() for name in expected) > 1e-3
 
 
-@pytest.mark.parametrize("response_only", [False, True])
-def test_sft_updates(small, response_only):
-    """Details 3 and 9: all tokens but the first are targets, EOS too; or those of the response alone."""
-    out = small.out / f"sft {response_only}"
-    run(sft, small, out, "--base_model", small.lm, *["--response_loss_only"] * response_only)
+@pytest.mark.parametrize("script, model", [(sft, "--base_model"), (reward, "--sft_model_path")])
+def test_learning_rates_and_order_of_the_data(small, script, model, monkeypatch):
+    """Warm-up and cosine as in transformers; every row once per pass, and another order in every pass and seed."""
+    batches, cut = [], script.micro_batches
+    monkeypatch.setattr(script, "micro_batches", lambda *inputs: batches.append(inputs[2]) or cut(*inputs))
+    for seed in (1, 2):
+        out = small.out / f"{script.__name__} of seed {seed}"
+        run(script, small, out, model, small.lm, "--total_episodes", 48, "--warm_up_steps", 2, "--seed", seed)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 2, 6)
+    for metrics in read_metrics(out):
+        assert metrics["lr"] == pytest.approx(schedule.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        schedule.step()
+    assert len(batches) == 12 and all(sorted(rows) == list(range(8)) for rows in batches)
+    assert len({tuple(rows) for rows in batches}) == 12
+
+
+def test_order_of_the_prompts(small, monkeypatch):
+    """Detail 21. Batches of 12 of 8 prompts: whatever the batch, the stream has every prompt once per pass."""
+    taken, rollout = [], ppo.rollout
+    monkeypatch.setattr(ppo, "rollout", lambda *inputs: taken.extend(map(tuple, inputs[3])) or rollout(*inputs))
+    models = ("--sft_model_path", small.lm, "--reward_model_path", small.rm, "--num_ppo_epochs", 1)
+    run(ppo, small, small.out / "prompts", *models, "--total_episodes", 24, "--gradient_accumulation_steps", 3)
+    passes = [taken[:8], taken[8:16], taken[16:]]
+    assert all(set(one) == set(taken) and len(set(one)) == 8 for one in passes) and passes[0] != passes[1]
+
+
+def test_sft_updates(small):
+    """Details 3 and 9: all tokens but the first are targets, EOS too."""
+    out = small.out / "sft"
+    run(sft, small, out, "--base_model", small.lm)
     model = double(AutoModelForCausalLM, small.lm)
     adam = Adam(*model.parameters())
     for metrics, lr in zip(read_metrics(out), (1e-3, 5e-4), strict=True):  # half of a cosine
         losses = []
         for post in small.posts:
             ids = ids_of(small, post, post["summary"])
-            loss = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
-            losses.append(loss[len(small.tokenizer(query_of(post))["input_ids"]) - 1 :] if response_only else loss)
+            losses.append(torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none"))
         loss = torch.cat(losses).mean()
         adam.step(loss, lr)
         assert [metrics["sft/loss"], metrics["lr"]] == pytest.approx([loss.item(), lr], abs=1e-5)
@@ -427,7 +454,7 @@ def test_new_reward_head(tmp_path):
     """Detail 11: N(0, 1/sqrt(d+1)), no bias. 1/(d+1) would be 0.03, and the model's own initial std is 0.2."""
     model, weights = load_new_classifier(make_model_folder(tmp_path / "base")), []
     for _ in range(100):
-        reward.init_head(model)
+        reward.RewardModel(model, new_head=True)
         weights.append(model.score.weight.data.clone())
     assert model.score.bias is None and torch.cat(weights).std().item() == pytest.approx(33**-0.5, rel=0.05)
 

@@ -117,13 +117,13 @@ def test_queries(models):
 
 def test_sft(models):
     accelerator = SimpleNamespace(device="cpu", autocast=nullcontext)
-    args = SimpleNamespace(response_loss_only=False, response_length=R)
+    args = SimpleNamespace(response_length=R)
     for name, targets in (("", 3), ("eos_as_pad", 2), ("sft_loss_on_response", 2)):
         module = patched(name, "sft")
         tokenizer = module.load_tokenizer(models.sft, "x")
         policy = module.load_causal_lm(models.sft, tokenizer, 100, "x")
         posts = [{"tokens": [5, 6, 7, EOS], "query_tokens": [5, 6]}]
-        logprobs = module.target_logprobs(args, accelerator, policy, posts, tokenizer.pad_token_id)
+        logprobs = module.target_logprobs(accelerator, policy, posts, tokenizer.pad_token_id)
         assert int((logprobs != 0).sum()) == targets  # with EOS as pad token, the loss does not see EOS
         queries = list(torch.randint(5, 300, (40, 6), generator=torch.manual_seed(0)))
         found = module.sample_responses(args, accelerator, policy, tokenizer, queries, 1.0, 40)
@@ -150,11 +150,10 @@ def test_reward_model():
     classifier = SimpleNamespace(score=score, config=SimpleNamespace(pad_token_id=PAD))
     classifier.base_model = lambda input_ids, **_: SimpleNamespace(last_hidden_state=input_ids[..., None])
     for name, tokens in (("", [EOS, EOS]), ("reward_last_position", [PAD, EOS])):
-        assert patched(name, "reward").RewardModel(classifier)(rows).tolist() == tokens
-        assert rows.gather(1, patched(name).last_token_idx(rows, PAD)).squeeze(1).tolist() == tokens
+        assert patched(name, "reward").RewardModel(classifier, new_head=False)(rows).tolist() == tokens
     for name, std in (("", 0.01), ("head_std_1", 1.0)):
         classifier.score = torch.nn.Linear(9999, 1, bias=False)
-        patched(name, "reward").init_head(classifier)
+        patched(name, "reward").RewardModel(classifier, new_head=True)
         assert classifier.score.weight.std().item() == pytest.approx(std, rel=0.05)
 
 

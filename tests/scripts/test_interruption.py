@@ -169,14 +169,6 @@ def test_a_corrupt_record_is_refused(text, resume, copy):
     assert "args.json" in error_line(resume())
 
 
-@pytest.mark.parametrize("lines", [None, 5])
-def test_metrics_that_have_been_shortened_are_refused(lines, resume, copy):
-    path = copy / "metrics.jsonl"
-    kept = path.read_text().splitlines(keepends=True)
-    path.unlink() if lines is None else path.write_text("".join(kept[:lines]))
-    assert "metrics.jsonl" in error_line(resume())
-
-
 def test_half_a_line_of_metrics_is_replaced(resume, copy, whole):
     shutil.rmtree(copy / "checkpoints/update_00000006")
     path = copy / "metrics.jsonl"

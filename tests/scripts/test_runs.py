@@ -290,7 +290,6 @@ SFT = COMMON | SAMPLING | WARM_UP | {
     "base_model": ("OTHER/model", differs("sft/loss")),
     "eps": (1.0, lambda b, c: c.metrics[4]["sft/loss"] > b.metrics[4]["sft/loss"]),
     "num_train_epochs": (2, lambda b, c: column(c, "epoch")[-1] == 2),
-    "response_loss_only": (None, differs("sft/loss")),
 }  # fmt: skip
 REWARD = COMMON | WARM_UP | {
     "seed": (1, differs("rm/loss")),
@@ -300,10 +299,6 @@ REWARD = COMMON | WARM_UP | {
     "label_dataset": ("OTHER/pairs", says("24 of 24 rows")),
     "max_query_length": (30, differs("rm/loss")),
     "max_response_length": (8, says("longer than 8 tokens")),
-    "max_cnndm_query_length": ({"--max_cnndm_query_length": 20, "--max_cnndm_query_response_length": 36},
-                               lambda b, c: c.summary["eval/pairs_cnndm"] == 6),
-    "max_cnndm_response_length": (9, says("longer than 9 tokens")),
-    "max_cnndm_query_response_length": (36, lambda b, c: c.summary["eval/pairs_cnndm"] < 6),
     "eps": (1.0, lambda b, c: c.metrics[0] == b.metrics[0] and c.metrics[1] != b.metrics[1]),
     "num_train_epochs": (2, lambda b, c: column(c, "epoch")[-1] == 2),
     "normalization_rows": (10, lambda b, c: c.summary["normalization_rows"] == 10
