@@ -172,14 +172,14 @@ def train(args, accelerator: Accelerator, nets, optimizer, posts: list, batch_si
 @torch.no_grad()
 def rollout(args, accelerator: Accelerator, nets, query_tokens: list, update: int) -> dict:
     """Sample a response to each query of this process, gather, and score. Returns the global batch, the same on all
-    processes: queries (B, Q), left-padded; responses (B, R), right-padded; what `response_masks` and `forward_all` give
-    for them; scores (B,), the reward model's, or the fixed one without EOS; row_lengths (B,), in tokens.
+    processes: queries (B, Q), left-padded; responses (B, R), right-padded; row_lengths (B,), in tokens; and what
+    `response_masks` and `forward_all` give for them.
     """
     pad = nets.tokenizer.pad_token_id
     # Detail S (sampling seeds): a function of seed, process and update alone (with the same batch sizes). So a resumed
     # run samples what the uninterrupted run would have sampled.
-    entropy = [args.seed + 100003 * accelerator.process_index, update]
-    torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+    seeds = np.random.SeedSequence([args.seed + 100003 * accelerator.process_index, update])
+    torch.manual_seed(int(seeds.generate_state(1)[0]))
     nets.model.eval()  # in training mode, gradient checkpointing disables the KV cache
     policy = accelerator.unwrap_model(nets.model).policy
     size = args.local_rollout_forward_batch_size
@@ -752,8 +752,8 @@ def evaluate(args, accelerator: Accelerator, nets, posts: list[dict]) -> dict:
     eos = nets.tokenizer.eos_token_id
     nets.model.eval()
     policy = accelerator.unwrap_model(nets.model).policy
-    entropy = [args.seed + 100003 * rank, 0]
-    torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+    seeds = np.random.SeedSequence([args.seed + 100003 * rank, 0])
+    torch.manual_seed(int(seeds.generate_state(1)[0]))
     move_frozen(args, accelerator, nets, accelerator.device)
     # All processes take equally many posts, as an offloaded model needs. What comes twice is not counted.
     share = math.ceil(len(posts) / accelerator.num_processes)

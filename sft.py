@@ -212,8 +212,8 @@ def evaluate(args, accelerator: Accelerator, model, tokenizer, posts: list[dict]
     mine = posts[rank * share : (rank + 1) * share]
     size = args.local_eval_batch_size
     pad = tokenizer.pad_token_id
-    entropy = [args.seed + 100003 * rank, 0]
-    torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+    seeds = np.random.SeedSequence([args.seed + 100003 * rank, 0])
+    torch.manual_seed(int(seeds.generate_state(1)[0]))
     policy = accelerator.unwrap_model(model).eval()
     samples = []
     for start in tqdm(range(0, len(mine), size), desc="evaluation", disable=rank > 0):
