@@ -367,8 +367,9 @@ def paired(ablated: dict, baseline: dict, name: str) -> dict:
 
 
 def difference(ablated: dict, baseline: dict) -> dict:
-    """Runs of both sides by seed -> per figure, mean of the paired differences with its 95% t-interval; `p` of the gold
-    score; `gain`, what PPO gains over SFT in the baseline; `errors`.
+    """Runs of both sides by seed -> per figure, mean of the paired differences with its 95% t-interval; of the gold
+    score, `p` of the t-test and `p_flips` of the exact test in which every difference may change its sign; `gain`, what
+    PPO gains over SFT in the baseline; `errors`.
     """
     seeds = sorted(set(ablated) & set(baseline))
     golds = [ablated[seed].get("gold", baseline[seed]["sft_gold"]) - baseline[seed]["gold"] for seed in seeds]
@@ -376,8 +377,10 @@ def difference(ablated: dict, baseline: dict) -> dict:
     result |= {name: paired(ablated, baseline, name) for name in FIGURES[1:]} | {"gold": mean_interval(golds)}
     result["gain"] = float(np.mean([baseline[seed]["gold"] - baseline[seed]["sft_gold"] for seed in seeds]))
     if len(golds) < 2:  # one difference tells nothing of its own noise
-        result["p"] = 1.0
-    elif np.ptp(golds) == 0:  # the t-test would divide by their standard deviation
+        return result | {"p": 1.0, "p_flips": 1.0}
+    flips = stats.permutation_test((golds,), np.mean, permutation_type="samples", n_resamples=np.inf)
+    result["p_flips"] = float(flips.pvalue)
+    if np.ptp(golds) == 0:  # the t-test would divide by their standard deviation
         result["p"] = float(golds[0] == 0)
     else:
         result["p"] = float(stats.ttest_1samp(golds, 0.0).pvalue)
@@ -433,14 +436,13 @@ def cell(found: dict, form: str = "+.3f") -> str:
 def markdown(runs: list[dict], found: dict, variants: list[Variant]) -> str:
     """The tables: baselines, and differences from them, the largest losses first."""
     lines = baselines_table(runs)
-    lines += [
-        "",
-        "Ablation minus baseline, paired by seed: mean with its 95% t-interval. The share is of PPO's gain in gold",
-    ]
-    lines += [f"score over SFT. p is that of the gold score, corrected by Holm for {len(found)} ablations. KL, tokens (EOS"]
-    lines += ["included) and EOS share are of the evaluation. First ratio from 1: the largest of all tokens, before any step of"]
-    lines += ["the optimizer. Errors: runs that diverged.", ""]
-    head = "gold score | share | win rate | KL | first ratio from 1 | tokens | EOS share | p | p corrected | errors | verdict"
+    lines += ["", "Ablation minus baseline, paired by seed: mean with its 95% t-interval. The share is of PPO's gain"]
+    lines += [f"in gold score over SFT. p is that of the gold score, corrected by Holm for {len(found)} ablations; by"]
+    lines += ["sign flips: an exact test without a normal distribution, uncorrected, which does not decide the"]
+    lines += ["verdict. KL, tokens (EOS included) and EOS share are of the evaluation. First ratio from 1: the"]
+    lines += ["largest of all tokens, before any step of the optimizer. Errors: runs that diverged.", ""]
+    head = "gold score | share | win rate | KL | first ratio from 1 | tokens | EOS share"
+    head += " | p | p corrected | p by sign flips | errors | verdict"
     lines += [f"| ablation | detail | seeds | {head} |", "|---|" + "---|" * (3 + head.count("|"))]
     headers = {variant.name: variant.header for variant in variants}
     for name, entry in sorted(found.items(), key=lambda item: item[1]["gold"]["mean"]):
@@ -453,7 +455,8 @@ def markdown(runs: list[dict], found: dict, variants: list[Variant]) -> str:
         ratio = entry["ratio_first_dev"]
         cells += [cell(entry[key]) for key in FIGURES[1:3]] + [cell(ratio, "+.1e") if ratio.get("mean") != 0 else "0"]
         cells += [cell(entry["length"], "+.1f"), cell(entry["eos_share"], "+.2f")]
-        cells += [f"{entry['p']:.2g}", f"{entry['corrected_p']:.2g}", str(entry["errors"]), entry["verdict"]]
+        cells += [f"{entry[name]:.2g}" for name in ("p", "corrected_p", "p_flips")]
+        cells += [str(entry["errors"]), entry["verdict"]]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -476,7 +479,7 @@ def draw(found: dict, variants: list[Variant], path: Path):
         axes.plot(gold["mean"], y, marker, color=colour, markersize=11 if marker == "|" else 6, markeredgewidth=2)
     if rows:
         tenth = np.mean([entry["gain"] for _, entry in rows]) / 10
-        axes.axvspan(-tenth, tenth, color="tab:blue", alpha=0.1, label="within a tenth of what PPO gains over SFT, mean")
+        axes.axvspan(-tenth, tenth, color="tab:blue", alpha=0.1, label="within a tenth of PPO's mean gain over SFT")
     axes.axvline(0, color="black", linewidth=0.8)
     labels = [f"{headers[name]['title']} ({headers[name]['detail']}), {entry['n']} seeds" for name, entry in rows]
     axes.set_yticks(range(len(rows)), labels, fontsize=8)

@@ -1,6 +1,7 @@
 """The ablations: every diff in benchmark/ablations applies to the scripts, and does what its header says, no more."""
 
 import functools
+import itertools
 import re
 import shutil
 import subprocess
@@ -290,6 +291,10 @@ def test_verdicts_follow_the_rule():
     golds = np.array(found["no_kl"]["golds"])
     half = 2.1314 * golds.std(ddof=1) / 4  # t of 15 degrees of freedom
     assert found["no_kl"]["gold"]["low"] == pytest.approx(golds.mean() - half, abs=1e-4)
+    noisy = np.array(found["no_temperature"]["golds"])
+    means = [abs(np.dot(signs, noisy)) for signs in itertools.product((1, -1), repeat=16)]
+    share = np.mean(np.array(means) >= abs(noisy.sum()) - 1e-9)
+    assert found["no_temperature"]["p_flips"] == pytest.approx(share, abs=1e-4) and 0.01 < share < 1
     ordered = sorted(found.values(), key=lambda entry: entry["p"])
     products = [factor * entry["p"] for factor, entry in zip((4, 3, 2, 1), ordered)]
     assert [entry["corrected_p"] for entry in ordered] == pytest.approx([max(products[: i + 1]) for i in range(4)])
