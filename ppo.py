@@ -76,7 +76,7 @@ class Args:
     resume: bool = False  # continue the run in --output_dir from its newest checkpoint, if there is one
     save_every: int = 50  # updates between checkpoints; 0: none
     keep: int = 2  # number of checkpoints to keep: the newest ones
-    bf16: bool = False  # compute in bf16; parameters or DeepSpeed's masters in fp32 (Detail 8); overrides the launcher
+    bf16: bool = False  # compute in bf16, with fp32 parameters (DeepSpeed: masters; Detail 8); overrides the launcher
     offload: bool = False  # keep reference policy and reward model in CPU memory while they are not used (Detail 8)
     # ---- Models and data ----
     sft_model_path: str = "models/sft"  # initial policy, and reference: an output folder of sft.py, or a model
@@ -124,12 +124,14 @@ class Args:
 MAY_CHANGE = """exp_name output_dir resume save_every keep offload local_micro_batch_size gradient_accumulation_steps
     local_rollout_forward_batch_size gradient_checkpointing run_eval eval_split max_eval_rows local_eval_batch_size
     eval_temperature track wandb_project_name wandb_entity""".split()
-INVALID_LOGPROB = 1.0  # filler after the end of a response: no logprob is positive; in KL and ratio, fillers cancel
+INVALID_LOGPROB = 1.0  # filler after the end of a response, which no real logprob is; it cancels in KL and ratio
 
 
 # ---- The algorithm: training loop ------------------------------------------------------------------------------------
 def train(args, accelerator: Accelerator, nets, optimizer, posts: list, batch_size: int, updates: range):
-    """The training loop: rollout, advantages, PPO epochs; one line of metrics.jsonl per update."""
+    """The training loop: rollout, advantages, PPO epochs; one line of metrics.jsonl per update. nets: model (policy and
+    value model, trained), ref_policy, reward_model, tokenizer. updates: those to do, to the last one of the run.
+    """
     num_updates = updates.stop
     # Detail S (data order): the same on all processes, new in every pass. If each shuffled with its own seed before it
     # takes its share, 8 processes would see 66% of the rows.
@@ -192,17 +194,19 @@ def rollout(args, accelerator: Accelerator, nets, query_tokens: list, update: in
     # Score in the very micro-batches of the first epoch. The same shapes round in the same way, so the ratios of the
     # first optimizer step are exactly 1, in bf16 as well.
     move_frozen(args, accelerator, nets, accelerator.device)
-    found = {}  # 0 in the rows of other processes, until all are added up
+    found = {}  # each process fills its own rows; the others are 0 until all are added up
     for minibatch in draw_minibatches(args, batch, update, epoch=0):
         for rows in micro_batches(args, accelerator, minibatch, batch["row_lengths"]):
             part = forward_all(args, accelerator, nets, batch["queries"][rows], batch["responses"][rows])
             for name, values in part.items():
-                found.setdefault(name, values.new_zeros(len(batch["responses"]), *values.shape[1:]))[rows] = values
+                if name not in found:
+                    found[name] = values.new_zeros(len(batch["responses"]), *values.shape[1:])
+                found[name][rows] = values
     batch |= accelerator.reduce(found, "sum")
     move_frozen(args, accelerator, nets, "cpu")
 
     # Detail V (values before truncation): the published code reads the values of the sequence as sampled. The model is
-    # causal and the last value used is that at EOS, so the values of the truncated sequence are the same.
+    # causal and the last value used is that at EOS, so those of the truncated one are the same. After EOS + 1: 0.
     batch["values"] = batch["values"].masked_fill(~batch["valid_p1"], 0.0)
     return batch
 
@@ -250,7 +254,7 @@ def response_masks(responses: torch.Tensor, pad_token_id: int) -> dict:
         response       a       b       EOS     [PAD]   [PAD]
         valid          1       1       1       0       0         logprobs, KL penalty, policy loss
         valid_p1       1       1       1       1       0         values, value loss
-        values are of  query   a       b       EOS     -         the value model's output at this token
+        values are at  query   a       b       EOS     -         the value model's output at the token before
         rewards        -c KL   -c KL   -c KL   score   0         c is kl_coef
     """
     valid = responses != pad_token_id
@@ -271,9 +275,9 @@ def forward_all(args, accelerator: Accelerator, nets, queries, responses) -> dic
         ref_logprobs, _ = response_logprobs(nets.ref_policy, token_ids, positions, responses, pad, args.temperature)
         # Detail 12 (reward at EOS): the reward is read at the last token of the response, as in reward.py.
         rm_scores = nets.reward_model(token_ids, (token_ids != pad).sum(1, keepdim=True) - 1).squeeze(1)
-    scores = rm_scores
     # Detail 23 (EOS trick, 3): a response without EOS gets a fixed bad score INSTEAD of the reward model's. Otherwise
     # the policy has little reason to end its summaries.
+    scores = rm_scores
     if args.missing_eos_penalty is not None:
         ended = (responses == nets.tokenizer.eos_token_id).any(1)  # (B,)
         scores = rm_scores.masked_fill(~ended, args.missing_eos_penalty)
@@ -327,10 +331,9 @@ def compute_advantages(args, batch: dict) -> dict:
     # After the end both logprobs are the same filler, so it is 0.
     kl = batch["logprobs"] - batch["ref_logprobs"]  # (B, R)
     rewards = -args.kl_coef * kl  # (B, R)
-    # Detail R (reward at EOS + 1): the score is added one AFTER EOS if there is room, else at the last token. The value
-    # there is the value model's output at EOS. The value model starts as the reward model, whose output at EOS is the
-    # score, so the first error there is 0, if there is room. Hence EOS + 1 is in the value loss (valid_p1), but
-    # not in the policy loss.
+    # Detail R (reward at EOS + 1): the score is added one AFTER EOS, or at the last token if there is no room. The
+    # value at EOS + 1 is the value model's output at EOS: at first the score itself, since it starts as the reward
+    # model, so the first error is 0. Hence EOS + 1 is in the value loss (valid_p1), but not in the policy loss.
     end = valid.sum(1).clamp(max=rewards.shape[1] - 1)  # (B,)
     rewards[torch.arange(len(rewards), device=rewards.device), end] += batch["scores"]
     # Detail 24 (reward whitening): optional, off in the released runs. The mean is not shifted, since its sign matters.
@@ -399,15 +402,15 @@ def ppo_update(args, accelerator: Accelerator, model, optimizer, batch: dict, up
             steps.append(sums)
     table = accelerator.reduce(torch.stack(steps), "sum").cpu()  # (optimizer steps, statistics)
     metrics = dict(zip(stats, table.mean(0).tolist()))
-    metrics["val/ratio_var"] = max(0.0, metrics.pop("ratio_squared") - metrics["val/ratio"] ** 2)  # 0: rounding
+    metrics["val/ratio_var"] = max(0.0, metrics.pop("ratio_squared") - metrics["val/ratio"] ** 2)
     metrics["val/ratio_first_dev"] = accelerator.gather(first_deviation[None]).max().item()
     return metrics | {"grad_norm": float(np.mean(grad_norms))}
 
 
 def draw_minibatches(args, batch: dict, update: int, epoch: int) -> list[np.ndarray]:
     """The row numbers of the minibatches of one epoch over the global batch, the same on every process."""
-    # Detail L (minibatches): drawn anew in every epoch. Sorted, so that a minibatch is cut into the same micro-batches
-    # whatever the order in which its rows were drawn.
+    # Detail L (minibatches): drawn anew in every epoch (1: another stream than that of the data order). Sorted, so that
+    # a minibatch is cut into the same micro-batches whatever the order in which its rows were drawn.
     permutation = np.random.default_rng([args.seed, update, epoch, 1]).permutation(len(batch["responses"]))
     return [np.sort(rows) for rows in np.split(permutation, args.num_mini_batches)]
 
@@ -415,7 +418,7 @@ def draw_minibatches(args, batch: dict, update: int, epoch: int) -> list[np.ndar
 def ppo_loss(args, batch: dict, logprobs, entropy, values, num_tokens, num_values):
     """The clipped surrogate loss of PPO (arXiv 1707.06347) and the clipped value loss, for one micro-batch: the loss
     and its statistics, which add up over the micro-batches to means over the minibatch; ratio_dev is a maximum.
-    batch: the rollout of these rows; logprobs, entropy, values (B, R): the model's now; num_tokens, num_values: valid
+    batch: the rollout of these rows; logprobs, entropy, values (B, R): of the model now; num_tokens, num_values: valid
     entries of the whole minibatch.
     """
     # Detail W (valid tokens): all sums are over real tokens. Means over padding too would be small for short responses.
@@ -457,10 +460,11 @@ class ScalarModel(nn.Module):
     def __init__(self, classifier):
         super().__init__()
         self.body = classifier.base_model
-        self.head = classifier.score  # weight (1, d), no bias
+        self.head = nn.Linear(classifier.score.in_features, 1)
+        self.head.weight.data.copy_(classifier.score.weight.data)  # (1, d)
         # Detail 22 (value model): a separate network, initialised from the reward model, its normalisation offset
         # included, so that its first output at EOS equals the score. Unlike in reward.py, the bias is trained.
-        self.head.bias = nn.Parameter(torch.tensor([-classifier.config.normalization_offset]))
+        nn.init.constant_(self.head.bias, -classifier.config.normalization_offset)
 
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         hidden = self.body(input_ids=token_ids, use_cache=False).last_hidden_state  # (B, T, d)
@@ -512,10 +516,10 @@ def move_frozen(args, accelerator: Accelerator, nets, device):
         nets.reward_model.to(device)
 
 
-def load_model(model_class, path: str, tokenizer, positions: int, flag: str, **changes):
+def load_model(model_class, path: str, tokenizer, positions: int, flag: str, **new_head):
     """A model in fp32, without dropout, with a row for every token id; also the names of unexpected weights."""
     with explain(f"{flag} {path}: cannot be loaded as {model_class.__name__}"):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **changes)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **new_head)
         config._attn_implementation = None  # ignore the saved one: transformers chooses the kernel
         # Detail 7 (dropout off): with dropout, every forward pass gives other logprobs: the KL penalty is noise and
         # PPO's first ratios are not 1. Set in the config, from which GPT-NeoX's attention reads it.
@@ -528,7 +532,7 @@ def load_model(model_class, path: str, tokenizer, positions: int, flag: str, **c
         model, info = model_class.from_pretrained(path, config=config, **options)
     body = model.base_model_prefix
     misfits = {name for name in info["unexpected_keys"] if name.startswith(body) and name.endswith("weight")}
-    misfits |= info["missing_keys"] - ({"score.weight"} if changes else set())
+    misfits |= info["missing_keys"] - ({"score.weight"} if new_head else set())
     rows = model.get_input_embeddings().num_embeddings
     other_tokenizer = tokenizer.eos_token_id >= rows or len(tokenizer) > 1.1 * rows
     limit = getattr(config, "max_position_embeddings", None) or math.inf
@@ -567,9 +571,9 @@ def load_causal_lm(path: str, tokenizer, positions: int, flag: str):
     return model
 
 
-def load_classifier(path: str, tokenizer, positions: int, flag: str, **changes):
+def load_classifier(path: str, tokenizer, positions: int, flag: str, **new_head):
     """A sequence classifier with one label, in fp32. Its score is the output minus config.normalization_offset."""
-    model, unexpected = load_model(AutoModelForSequenceClassification, path, tokenizer, positions, flag, **changes)
+    model, unexpected = load_model(AutoModelForSequenceClassification, path, tokenizer, positions, flag, **new_head)
     offset = getattr(model.config, "normalization_offset", 0.0)
     if not hasattr(model, "score") or model.num_labels != 1:
         fail(f"{flag} {path}: {model.num_labels} labels, or no head named score; needed is a classifier with one label")
@@ -616,7 +620,7 @@ def read_rows(source: str, split: str, columns: list[str], flag: str) -> list[di
 def load_tokenizer(path: str, flag: str):
     """The tokenizer of a model folder or hub id, with [PAD] as pad token."""
     with explain(f"{flag} {path}: no tokenizer can be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # without files, an empty one
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # empty if there are no files
     # Detail 3 (PAD and EOS): the pad token is a new one, even if the tokenizer brings its own, and never EOS: with
     # pad == EOS the loss mask hides EOS as well, and the model never learns to stop.
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
@@ -845,6 +849,7 @@ def start_accelerator(args) -> Accelerator:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available()
+    on_cpu = on_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     libc = ctypes.CDLL(None)
     if on_cpu and hasattr(libc, "mallopt"):  # glibc: keep freed memory, or page faults take 40% of the training time
         for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
@@ -853,16 +858,17 @@ def start_accelerator(args) -> Accelerator:
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled for minutes
-    precision = "bf16" if args.bf16 else "no"
+    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)  # a launcher's would take precedence
+    options = {"mixed_precision": "bf16" if args.bf16 else "no", "log_with": "wandb" if args.track else None}
     with explain("accelerate cannot start with the launcher's configuration"):
         PartialState(cpu=on_cpu, timeout=timedelta(hours=2))  # processes wait for each other, for slow disks and hubs
-        accelerator = Accelerator(mixed_precision=precision, log_with="wandb" if args.track else None)
-    accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps  # not a launcher's
+        accelerator = Accelerator(gradient_accumulation_steps=args.gradient_accumulation_steps, **options)
     if accelerator.state.deepspeed_plugin is not None:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         if config["zero_optimization"]["stage"] not in (1, 2) or "optimizer" in config:
             fail("DeepSpeed's configuration needs ZeRO stage 1 or 2, and no optimizer")
-        config |= {"fp16": {"enabled": False}, "bf16": {"enabled": args.bf16}, "gradient_clipping": 0.0}  # not 1.0
+        config.pop("fp16", None)
+        config |= {"bf16": {"enabled": args.bf16}, "gradient_clipping": 0.0}  # accelerate's default is to clip at 1.0
         config |= {"gradient_accumulation_steps": args.gradient_accumulation_steps, "train_batch_size": "auto"}
         config["train_micro_batch_size_per_gpu"] = args.local_micro_batch_size
     if accelerator.num_processes > 1:
@@ -927,6 +933,8 @@ def start_run(args, accelerator: Accelerator, record: dict, batch_size: int, dig
         write_text(f"{args.output_dir}/args.json", json.dumps(record, indent=2) + "\n")
         path = Path(f"{args.output_dir}/metrics.jsonl")
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        if len(lines) < update:
+            fail(f"{path} has {len(lines)} lines for {update} updates: put back what is missing")
         write_text(str(path), "".join(lines[:update]))  # what follows the checkpoint is computed and logged again
     return update
 
@@ -972,6 +980,7 @@ def main():
     if 0 < args.total_episodes < batch_size:
         fail(f"--total_episodes {args.total_episodes} does not fill one batch of {batch_size}")
     record = open_run(args, accelerator, batch_size)
+    torch.manual_seed(args.seed)
 
     # 2. Tokenizer and data.
     paths = (args.sft_model_path, args.reward_model_path)  # models, or output folders of runs
@@ -984,7 +993,9 @@ def main():
     eval_posts = load_posts(args, args.eval_split, tokenizer, accelerator) if args.run_eval else []
 
     # 3. The networks, which share no parameters, and the optimizer.
-    positions = max(args.max_query_length + args.response_length, args.max_query_response_length)
+    positions = args.max_query_length + args.response_length
+    if args.run_eval:  # scores the references too
+        positions = max(positions, args.max_query_response_length)
     policy = load_causal_lm(sft_path, tokenizer, positions, "--sft_model_path")
     value_model = ScalarModel(load_classifier(reward_path, tokenizer, positions, "--reward_model_path"))
     reward_model = ScalarModel(load_classifier(reward_path, tokenizer, positions, "--reward_model_path"))
@@ -994,7 +1005,8 @@ def main():
     model = PolicyAndValue(policy, value_model, tokenizer.pad_token_id)
     # A digest of the data and of some initial weights: a resumed run must start from the same.
     arrays = [post["tokens"] for post in posts]
-    arrays += [parameter.detach().flatten()[:1000].numpy() for parameter in model.parameters()]
+    for part in (policy, reward_model):
+        arrays += [parameter.detach().flatten()[:1000].numpy() for parameter in part.parameters()]
     digest = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
     # Detail E (Adam): PyTorch adds eps after the bias correction, TensorFlow before: early steps differ.
     # Detail 20 (settings): eps 1e-5, weight decay 0.01, no gradient clipping, no entropy bonus.

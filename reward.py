@@ -74,7 +74,7 @@ class Args:
     resume: bool = False  # continue the run in --output_dir from its newest checkpoint, if there is one
     save_every: int = 50  # updates between checkpoints; 0: none
     keep: int = 2  # number of checkpoints to keep: the newest ones
-    bf16: bool = False  # compute in bf16; parameters or DeepSpeed's masters in fp32 (Detail 8); overrides the launcher
+    bf16: bool = False  # compute in bf16, with fp32 parameters (DeepSpeed: masters; Detail 8); overrides the launcher
     # ---- Model and data ----
     sft_model_path: str = "models/sft"  # the model to start from: an output folder of sft.py, or a model
     reward_model_path: Optional[str] = None  # start from this reward model, not from a new head on the SFT model
@@ -283,10 +283,10 @@ def evaluate(args, accelerator: Accelerator, model: RewardModel, pad_token_id: i
 
 
 # ---- Model -----------------------------------------------------------------------------------------------------------
-def load_model(model_class, path: str, tokenizer, positions: int, flag: str, **changes):
+def load_model(model_class, path: str, tokenizer, positions: int, flag: str, **new_head):
     """A model in fp32, without dropout, with a row for every token id; also the names of unexpected weights."""
     with explain(f"{flag} {path}: cannot be loaded as {model_class.__name__}"):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **changes)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **new_head)
         config._attn_implementation = None  # ignore the saved one: transformers chooses the kernel
         # Detail 7 (dropout off): with dropout, every forward pass gives other logprobs: the KL penalty is noise and
         # PPO's first ratios are not 1. Set in the config, from which GPT-NeoX's attention reads it.
@@ -299,7 +299,7 @@ def load_model(model_class, path: str, tokenizer, positions: int, flag: str, **c
         model, info = model_class.from_pretrained(path, config=config, **options)
     body = model.base_model_prefix
     misfits = {name for name in info["unexpected_keys"] if name.startswith(body) and name.endswith("weight")}
-    misfits |= info["missing_keys"] - ({"score.weight"} if changes else set())
+    misfits |= info["missing_keys"] - ({"score.weight"} if new_head else set())
     rows = model.get_input_embeddings().num_embeddings
     other_tokenizer = tokenizer.eos_token_id >= rows or len(tokenizer) > 1.1 * rows
     limit = getattr(config, "max_position_embeddings", None) or math.inf
@@ -322,9 +322,9 @@ def load_model(model_class, path: str, tokenizer, positions: int, flag: str, **c
     return model, info["unexpected_keys"]
 
 
-def load_classifier(path: str, tokenizer, positions: int, flag: str, **changes):
+def load_classifier(path: str, tokenizer, positions: int, flag: str, **new_head):
     """A sequence classifier with one label, in fp32. Its score is the output minus config.normalization_offset."""
-    model, unexpected = load_model(AutoModelForSequenceClassification, path, tokenizer, positions, flag, **changes)
+    model, unexpected = load_model(AutoModelForSequenceClassification, path, tokenizer, positions, flag, **new_head)
     offset = getattr(model.config, "normalization_offset", 0.0)
     if not hasattr(model, "score") or model.num_labels != 1:
         fail(f"{flag} {path}: {model.num_labels} labels, or no head named score; needed is a classifier with one label")
@@ -371,7 +371,7 @@ def read_rows(source: str, split: str, columns: list[str], flag: str) -> list[di
 def load_tokenizer(path: str, flag: str):
     """The tokenizer of a model folder or hub id, with [PAD] as pad token."""
     with explain(f"{flag} {path}: no tokenizer can be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # without files, an empty one
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # empty if there are no files
     # Detail 3 (PAD and EOS): the pad token is a new one, even if the tokenizer brings its own, and never EOS: with
     # pad == EOS the loss mask hides EOS as well, and the model never learns to stop.
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
@@ -623,6 +623,7 @@ def start_accelerator(args) -> Accelerator:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available()
+    on_cpu = on_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     libc = ctypes.CDLL(None)
     if on_cpu and hasattr(libc, "mallopt"):  # glibc: keep freed memory, or page faults take 40% of the training time
         for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
@@ -631,16 +632,17 @@ def start_accelerator(args) -> Accelerator:
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled for minutes
-    precision = "bf16" if args.bf16 else "no"
+    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)  # a launcher's would take precedence
+    options = {"mixed_precision": "bf16" if args.bf16 else "no", "log_with": "wandb" if args.track else None}
     with explain("accelerate cannot start with the launcher's configuration"):
         PartialState(cpu=on_cpu, timeout=timedelta(hours=2))  # processes wait for each other, for slow disks and hubs
-        accelerator = Accelerator(mixed_precision=precision, log_with="wandb" if args.track else None)
-    accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps  # not a launcher's
+        accelerator = Accelerator(gradient_accumulation_steps=args.gradient_accumulation_steps, **options)
     if accelerator.state.deepspeed_plugin is not None:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         if config["zero_optimization"]["stage"] not in (1, 2) or "optimizer" in config:
             fail("DeepSpeed's configuration needs ZeRO stage 1 or 2, and no optimizer")
-        config |= {"fp16": {"enabled": False}, "bf16": {"enabled": args.bf16}, "gradient_clipping": 0.0}  # not 1.0
+        config.pop("fp16", None)
+        config |= {"bf16": {"enabled": args.bf16}, "gradient_clipping": 0.0}  # accelerate's default is to clip at 1.0
         config |= {"gradient_accumulation_steps": args.gradient_accumulation_steps, "train_batch_size": "auto"}
         config["train_micro_batch_size_per_gpu"] = args.local_micro_batch_size
     if accelerator.num_processes > 1:
@@ -705,6 +707,8 @@ def start_run(args, accelerator: Accelerator, record: dict, batch_size: int, dig
         write_text(f"{args.output_dir}/args.json", json.dumps(record, indent=2) + "\n")
         path = Path(f"{args.output_dir}/metrics.jsonl")
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        if len(lines) < update:
+            fail(f"{path} has {len(lines)} lines for {update} updates: put back what is missing")
         write_text(str(path), "".join(lines[:update]))  # what follows the checkpoint is computed and logged again
     return update
 
@@ -762,12 +766,12 @@ def main():
         fail(f"{episodes} pairs do not fill one batch of {batch_size}: lower --local_micro_batch_size")
 
     # 2. Model and optimizer.
-    changes = {} if args.reward_model_path else {"num_labels": 1}
-    classifier = load_classifier(path, tokenizer, args.max_query_response_length, flag, **changes)
+    new_head = {} if args.reward_model_path else {"num_labels": 1}
+    classifier = load_classifier(path, tokenizer, args.max_query_response_length, flag, **new_head)
     if args.gradient_checkpointing:
         classifier.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     evaluation = load_evaluation(args, classifier.config, tokenizer, accelerator) if args.run_eval else ()
-    model = RewardModel(classifier, new_head=not args.reward_model_path)
+    model = RewardModel(classifier, bool(new_head))
     # A digest of the data and of some initial weights: a resumed run must start from the same.
     arrays = [pair[side] for pair in pairs for side in ("chosen", "rejected")] + [post["tokens"] for post in posts]
     arrays += [parameter.detach().flatten()[:1000].numpy() for parameter in model.parameters()]

@@ -71,7 +71,7 @@ class Args:
     resume: bool = False  # continue the run in --output_dir from its newest checkpoint, if there is one
     save_every: int = 50  # updates between checkpoints; 0: none
     keep: int = 2  # number of checkpoints to keep: the newest ones
-    bf16: bool = False  # compute in bf16; parameters or DeepSpeed's masters in fp32 (Detail 8); overrides the launcher
+    bf16: bool = False  # compute in bf16, with fp32 parameters (DeepSpeed: masters; Detail 8); overrides the launcher
     # ---- Model and data ----
     base_model: str = "EleutherAI/pythia-1b-deduped"  # hub id or folder of the causal language model to fine-tune
     # posts with columns id, subreddit, title, post, summary: a hub id or a folder (see `read_rows`)
@@ -208,8 +208,7 @@ def evaluate(args, accelerator: Accelerator, model, tokenizer, posts: list[dict]
     """Loss and ROUGE-1/2/L (F-measure) against the references of the split; write samples_<split>.csv."""
     posts = posts[: args.max_eval_rows]
     rank = accelerator.process_index
-    share = math.ceil(len(posts) / accelerator.num_processes)
-    mine = posts[rank * share : (rank + 1) * share]
+    mine = np.array_split(posts, accelerator.num_processes)[rank]
     size = args.local_eval_batch_size
     pad = tokenizer.pad_token_id
     seeds = np.random.SeedSequence([args.seed + 100003 * rank, 0])
@@ -250,10 +249,10 @@ def evaluate(args, accelerator: Accelerator, model, tokenizer, posts: list[dict]
 
 
 # ---- Model -----------------------------------------------------------------------------------------------------------
-def load_model(model_class, path: str, tokenizer, positions: int, flag: str, **changes):
+def load_model(model_class, path: str, tokenizer, positions: int, flag: str, **new_head):
     """A model in fp32, without dropout, with a row for every token id; also the names of unexpected weights."""
     with explain(f"{flag} {path}: cannot be loaded as {model_class.__name__}"):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **changes)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **new_head)
         config._attn_implementation = None  # ignore the saved one: transformers chooses the kernel
         # Detail 7 (dropout off): with dropout, every forward pass gives other logprobs: the KL penalty is noise and
         # PPO's first ratios are not 1. Set in the config, from which GPT-NeoX's attention reads it.
@@ -266,7 +265,7 @@ def load_model(model_class, path: str, tokenizer, positions: int, flag: str, **c
         model, info = model_class.from_pretrained(path, config=config, **options)
     body = model.base_model_prefix
     misfits = {name for name in info["unexpected_keys"] if name.startswith(body) and name.endswith("weight")}
-    misfits |= info["missing_keys"] - ({"score.weight"} if changes else set())
+    misfits |= info["missing_keys"] - ({"score.weight"} if new_head else set())
     rows = model.get_input_embeddings().num_embeddings
     other_tokenizer = tokenizer.eos_token_id >= rows or len(tokenizer) > 1.1 * rows
     limit = getattr(config, "max_position_embeddings", None) or math.inf
@@ -338,7 +337,7 @@ def read_rows(source: str, split: str, columns: list[str], flag: str) -> list[di
 def load_tokenizer(path: str, flag: str):
     """The tokenizer of a model folder or hub id, with [PAD] as pad token."""
     with explain(f"{flag} {path}: no tokenizer can be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # without files, an empty one
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # empty if there are no files
     # Detail 3 (PAD and EOS): the pad token is a new one, even if the tokenizer brings its own, and never EOS: with
     # pad == EOS the loss mask hides EOS as well, and the model never learns to stop.
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
@@ -501,6 +500,7 @@ def start_accelerator(args) -> Accelerator:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available()
+    on_cpu = on_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     libc = ctypes.CDLL(None)
     if on_cpu and hasattr(libc, "mallopt"):  # glibc: keep freed memory, or page faults take 40% of the training time
         for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
@@ -509,16 +509,17 @@ def start_accelerator(args) -> Accelerator:
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled for minutes
-    precision = "bf16" if args.bf16 else "no"
+    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)  # a launcher's would take precedence
+    options = {"mixed_precision": "bf16" if args.bf16 else "no", "log_with": "wandb" if args.track else None}
     with explain("accelerate cannot start with the launcher's configuration"):
         PartialState(cpu=on_cpu, timeout=timedelta(hours=2))  # processes wait for each other, for slow disks and hubs
-        accelerator = Accelerator(mixed_precision=precision, log_with="wandb" if args.track else None)
-    accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps  # not a launcher's
+        accelerator = Accelerator(gradient_accumulation_steps=args.gradient_accumulation_steps, **options)
     if accelerator.state.deepspeed_plugin is not None:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         if config["zero_optimization"]["stage"] not in (1, 2) or "optimizer" in config:
             fail("DeepSpeed's configuration needs ZeRO stage 1 or 2, and no optimizer")
-        config |= {"fp16": {"enabled": False}, "bf16": {"enabled": args.bf16}, "gradient_clipping": 0.0}  # not 1.0
+        config.pop("fp16", None)
+        config |= {"bf16": {"enabled": args.bf16}, "gradient_clipping": 0.0}  # accelerate's default is to clip at 1.0
         config |= {"gradient_accumulation_steps": args.gradient_accumulation_steps, "train_batch_size": "auto"}
         config["train_micro_batch_size_per_gpu"] = args.local_micro_batch_size
     if accelerator.num_processes > 1:
@@ -583,6 +584,8 @@ def start_run(args, accelerator: Accelerator, record: dict, batch_size: int, dig
         write_text(f"{args.output_dir}/args.json", json.dumps(record, indent=2) + "\n")
         path = Path(f"{args.output_dir}/metrics.jsonl")
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        if len(lines) < update:
+            fail(f"{path} has {len(lines)} lines for {update} updates: put back what is missing")
         write_text(str(path), "".join(lines[:update]))  # what follows the checkpoint is computed and logged again
     return update
 
@@ -622,6 +625,7 @@ def main():
     accelerator = start_accelerator(args)
     batch_size = args.local_micro_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     record = open_run(args, accelerator, batch_size)
+    torch.manual_seed(args.seed)
     path = args.base_model
     if os.path.isdir(f"{path}/model"):  # the output folder of a run
         path = f"{path}/model"

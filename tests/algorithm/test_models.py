@@ -227,30 +227,37 @@ def assert_same_weights(found, expected, start):
 
 @pytest.mark.parametrize("script, model", [(sft, "--base_model"), (reward, "--sft_model_path")])
 def test_learning_rates_and_order_of_the_data(small, script, model, monkeypatch):
-    """Warm-up and cosine as in transformers; every row once per pass, and another order in every pass and seed."""
+    """Warm-up and cosine as in transformers; every row once per pass, and another order in every pass and seed. Batches
+    of 12 of 8 rows: five of them are seven passes and half of one.
+    """
     batches, cut = [], script.micro_batches
     monkeypatch.setattr(script, "micro_batches", lambda *inputs: batches.append(inputs[2]) or cut(*inputs))
+    flags = ("--total_episodes", 60, "--gradient_accumulation_steps", 3, "--warm_up_steps", 2)
     for seed in (1, 2):
         out = small.out / f"{script.__name__} of seed {seed}"
-        run(script, small, out, model, small.lm, "--total_episodes", 48, "--warm_up_steps", 2, "--seed", seed)
+        run(script, small, out, model, small.lm, *flags, "--seed", seed)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
-    schedule = get_cosine_schedule_with_warmup(optimizer, 2, 6)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 2, 5)
     for metrics in read_metrics(out):
         assert metrics["lr"] == pytest.approx(schedule.get_last_lr()[0], abs=1e-12)
         optimizer.step()
         schedule.step()
-    assert len(batches) == 12 and all(sorted(rows) == list(range(8)) for rows in batches)
-    assert len({tuple(rows) for rows in batches}) == 12
+    streams = torch.tensor([row for batch in batches for row in batch.tolist()]).view(2, 60)
+    passes = streams[:, :56].reshape(14, 8).tolist()
+    assert all(sorted(one) == list(range(8)) for one in passes) and len(set(map(tuple, passes))) == 14
+    assert streams[:, 56:].sort(1).values.diff(dim=1).min() > 0  # the half pass has no row twice
 
 
 def test_order_of_the_prompts(small, monkeypatch):
-    """Detail 21. Batches of 12 of 8 prompts: whatever the batch, the stream has every prompt once per pass."""
+    """Detail 21: the same in ppo.py."""
     taken, rollout = [], ppo.rollout
     monkeypatch.setattr(ppo, "rollout", lambda *inputs: taken.extend(map(tuple, inputs[3])) or rollout(*inputs))
     models = ("--sft_model_path", small.lm, "--reward_model_path", small.rm, "--num_ppo_epochs", 1)
-    run(ppo, small, small.out / "prompts", *models, "--total_episodes", 24, "--gradient_accumulation_steps", 3)
-    passes = [taken[:8], taken[8:16], taken[16:]]
-    assert all(set(one) == set(taken) and len(set(one)) == 8 for one in passes) and passes[0] != passes[1]
+    flags = ("--total_episodes", 36, "--gradient_accumulation_steps", 3)
+    for seed in (1, 2):
+        run(ppo, small, small.out / f"prompts {seed}", *models, *flags, "--seed", seed)
+    passes = [tuple(taken[start : start + 8]) for start in (0, 8, 16, 24, 36, 44, 52, 60)]
+    assert all(len(set(one)) == 8 and set(one) == set(taken) for one in passes) and len(set(passes)) == 8
 
 
 def test_sft_updates(small):
@@ -293,6 +300,17 @@ def test_reward_updates_and_normalisation(small):
     # Detail 15: with the offset, the reference summaries score 0 on average.
     mean = sum(score(post, post["summary"]).item() for post in small.posts) / 8
     assert found.config.normalization_offset == pytest.approx(mean, abs=1e-5) and found.config.normalization_rows == 8
+
+
+def test_loss_of_pairs_that_are_far_apart(small, tmp_path):
+    """-log(sigmoid(margin)) computed as it is written would be infinite below a margin of -100."""
+    model = AutoModelForSequenceClassification.from_pretrained(small.rm)
+    model.score.weight.data *= 1e4
+    for part in (model, small.tokenizer):
+        part.save_pretrained(tmp_path / "rm")
+    run(reward, small, tmp_path / "run", "--reward_model_path", tmp_path / "rm", "--total_episodes", 8)
+    (metrics,) = read_metrics(tmp_path / "run")
+    assert 100 < metrics["rm/loss"] < 1e9
 
 
 def test_ppo_updates(small):

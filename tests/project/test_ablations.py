@@ -169,6 +169,25 @@ def test_initial_networks(run_ppo):
         assert torch.equal(value_model.head.weight, reward_model.head.weight) == same[0]
         assert value_model.head.bias.item() == {"": -0.5, "no_normalisation": -3.5}.get(name, 0.0)
         assert reward_model.head.bias.item() == (-3.5 if name == "no_normalisation" else -0.5)
+        run_ppo(name, "--total_episodes", 0, train=(again := mock.Mock()))  # the same seed, the same networks
+        weights, others = [call.call_args.args[2].model.value_model.state_dict() for call in (train, again)]
+        assert all(torch.equal(weights[key], others[key]) for key in weights)
+
+
+def test_where_ppo_reads_its_scores(run_ppo):
+    """Of responses and references: at EOS, or at the last position of the padded row."""
+    for name in ("", "reward_last_position"):
+        scalar_model, found = patched(name).ScalarModel, []
+
+        def forward(self, token_ids, positions):
+            if positions.shape[1] == 1:  # a score, not values
+                found.append(bool((positions == token_ids.shape[1] - 1).all()))
+            return original(self, token_ids, positions)
+
+        original = scalar_model.forward
+        with mock.patch.object(scalar_model, "forward", forward):
+            run_ppo(name, "--total_episodes", 0, "--run_eval", "--local_eval_batch_size", 16)
+        assert found == [name != ""] * 2
 
 
 def advantages(module):
