@@ -209,9 +209,8 @@ def sizes_table(sizes: dict) -> str:
             cells = [f"{wins / n:.2f} (n = {n:.0f})" if n else "" for wins, n in parts]
             lines.append(f"| {stage} win rate, log length ratio {name} | {' | '.join(cells)} | |")
     seeds = max(len(runs) for runs in sizes.values())
-    return "\n".join(
-        [f"Means over {seeds} seeds with 95% t-intervals; bins of length: all seeds together.", "", *lines]
-    )
+    about = f"Means over {seeds} seeds with 95% t-intervals; trend: Page's test, one-sided, uncorrected. Bins of length:"
+    return "\n".join([about, "n counts every test post once per seed.", "", *lines])
 
 
 def size_name(count: int) -> str:
