@@ -110,8 +110,7 @@ class Args:
 MAY_CHANGE = """exp_name output_dir resume save_every keep local_micro_batch_size gradient_accumulation_steps
     gradient_checkpointing run_eval eval_split max_eval_rows local_eval_batch_size track wandb_project_name
     wandb_entity""".split()
-CNNDM_BATCHES = ("batch0_cnndm", "cnndm0", "cnndm2")  # the comparisons of news articles among OpenAI's
-CNNDM_LIMITS = (1919, 155, 2021)  # longest query, summary, and both, in tokens, of their evaluation
+CNNDM_LIMITS = (1919, 155, 2021)  # longest query, summary, and both, in tokens, of the news articles of the evaluation
 MARGIN_EDGES = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, math.inf)  # of the calibration table
 
 
@@ -478,12 +477,13 @@ def pad_rows(rows: list, pad_token_id: int, side: str, device) -> torch.Tensor:
     return pad_sequence(rows, batch_first=True, padding_value=pad_token_id, padding_side=side).to(device)
 
 
-def tokenize_comparison(row: dict, tokenizer, limits: tuple, news_limits: tuple) -> dict:
+def tokenize_comparison(args, row: dict, tokenizer, longest_news: float) -> dict:
     """A raw comparison -> `chosen` and `rejected`, ids of query and summary, EOS last; `problem`, why it cannot be
-    used, or ""; and what the evaluation groups by: `id`, `batch`, `confidence`, `policies` ("": unknown).
-    limits: of query, summary, and both, in tokens; news_limits: those of CNN/DM.
+    used, or ""; and what the evaluation groups by: `is_news` (CNN/DM, Detail 17; such a row has at most `longest_news`
+    tokens), `id`, `batch`, `confidence`, `policies` ("": unknown).
     """
-    pair = dict.fromkeys(("id", "batch", "confidence", "policies", "problem"), "")
+    pair = dict.fromkeys(("id", "batch", "confidence", "policies", "problem"), "") | {"is_news": False}
+    limits = (args.max_query_length, args.max_response_length, args.max_query_response_length)
     subreddit = ""
     title = ""
     if row.get("summaries") is None:  # the schema of most preference sets: prompt, chosen, rejected
@@ -509,6 +509,8 @@ def tokenize_comparison(row: dict, tokenizer, limits: tuple, news_limits: tuple)
         if info.get("article") and not info.get("post"):
             # Truncated including the last newline, which is stripped after that, as in the published code.
             parts = ("Article:\n", texts[0], "\n\nTL;DR:\n")
+            limits = (*CNNDM_LIMITS[:2], min(CNNDM_LIMITS[2], longest_news))
+            pair["is_news"] = True
     for text in (subreddit, title, *texts):
         if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):  # JSON may hold half a surrogate pair
             return pair | {"problem": "subreddit, title, post, article, prompt or a summary is missing or not a text"}
@@ -516,8 +518,6 @@ def tokenize_comparison(row: dict, tokenizer, limits: tuple, news_limits: tuple)
         return pair | {"problem": "not two summaries, or one of the texts is empty"}
     if texts[1].strip() == texts[2].strip():
         return pair | {"problem": "the summaries are the same"}  # nothing can be learned from it
-    if pair["batch"] in CNNDM_BATCHES:
-        limits = news_limits
     query = make_query(tokenizer, *parts, limits[0])[0].strip()
     if not query:
         return pair | {"problem": f"the post cannot be cut to {limits[0]} query tokens"}
@@ -534,7 +534,7 @@ def tokenize_comparison(row: dict, tokenizer, limits: tuple, news_limits: tuple)
     return pair
 
 
-def load_comparisons(args, split: str, tokenizer, limits: tuple, news_limits: tuple, accelerator) -> list[dict]:
+def load_comparisons(args, split: str, tokenizer, longest_news: float, accelerator: Accelerator) -> list[dict]:
     """One split of comparisons, formatted and tokenized; unusable rows are named and left out."""
     columns = ["info", "summaries", "choice", "batch", "extra", "prompt", "chosen", "rejected"]
     rows = read_rows(args.label_dataset, split, columns, "--label_dataset")
@@ -544,24 +544,21 @@ def load_comparisons(args, split: str, tokenizer, limits: tuple, news_limits: tu
         choice = row.get("choice")
         if row.get("summaries") is not None and (isinstance(choice, bool) or choice not in (0, 1)):
             fail(f"{where}: row {number} has choice {choice!r}: needed are only 0 and 1")
-    return keep_usable([tokenize_comparison(row, tokenizer, limits, news_limits) for row in rows], where, accelerator)
+    return keep_usable([tokenize_comparison(args, row, tokenizer, longest_news) for row in rows], where, accelerator)
 
 
 def load_evaluation(args, config, tokenizer, accelerator: Accelerator) -> tuple[list[dict], list[dict], list[dict]]:
     """The TL;DR pairs, the CNN/DM pairs (perhaps none) and the posts of the evaluation split."""
-    limits = (args.max_query_length, args.max_response_length, args.max_query_response_length)
-    # News articles are long: a row longer than the model's positions is left out.
-    longest = min(CNNDM_LIMITS[2], getattr(config, "max_position_embeddings", None) or math.inf)
-    news_limits = (min(CNNDM_LIMITS[0], longest), CNNDM_LIMITS[1], longest)
+    longest_news = getattr(config, "max_position_embeddings", None) or math.inf  # a longer one is left out
     # CNN/DM rows: among the others as in OpenAI's own files, in a split of their own, or absent.
-    pairs = load_comparisons(args, args.eval_split, tokenizer, limits, news_limits, accelerator)
-    news = [pair for pair in pairs if pair["batch"] in CNNDM_BATCHES]
+    pairs = load_comparisons(args, args.eval_split, tokenizer, longest_news, accelerator)
     own_split = any(Path(args.label_dataset).rglob("validation_cnndm*"))
     if not os.path.isdir(args.label_dataset):
         own_split = "validation_cnndm" in get_dataset_split_names(args.label_dataset)
     if own_split:
-        news += load_comparisons(args, "validation_cnndm", tokenizer, news_limits, news_limits, accelerator)
-    pairs = [pair for pair in pairs if pair["batch"] not in CNNDM_BATCHES]
+        pairs += load_comparisons(args, "validation_cnndm", tokenizer, longest_news, accelerator)
+    news = [pair for pair in pairs if pair["is_news"]]
+    pairs = [pair for pair in pairs if not pair["is_news"]]
     if not pairs:
         fail(f"--label_dataset {args.label_dataset}: split {args.eval_split} has no TL;DR pair that can be used")
     return pairs, news, load_posts(args, args.eval_split, tokenizer, accelerator)
@@ -754,9 +751,9 @@ def main():
     if os.path.isdir(f"{path}/model"):  # the output folder of a run
         path = f"{path}/model"
     tokenizer = load_tokenizer(path, flag)
-    limits = (args.max_query_length, args.max_response_length, args.max_query_response_length)
     only_evaluate = args.total_episodes == 0
-    pairs = [] if only_evaluate else load_comparisons(args, "train", tokenizer, limits, limits, accelerator)
+    longest = args.max_query_response_length
+    pairs = [] if only_evaluate else load_comparisons(args, "train", tokenizer, longest, accelerator)
     new_offset = not (only_evaluate and args.reward_model_path)  # a reward model that is only evaluated keeps its own
     posts = load_posts(args, "train", tokenizer, accelerator) if new_offset else []
     episodes = len(pairs) * args.num_train_epochs if args.total_episodes is None else args.total_episodes
@@ -767,7 +764,7 @@ def main():
 
     # 2. Model and optimizer.
     new_head = {} if args.reward_model_path else {"num_labels": 1}
-    classifier = load_classifier(path, tokenizer, args.max_query_response_length, flag, **new_head)
+    classifier = load_classifier(path, tokenizer, longest, flag, **new_head)
     if args.gradient_checkpointing:
         classifier.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     evaluation = load_evaluation(args, classifier.config, tokenizer, accelerator) if args.run_eval else ()

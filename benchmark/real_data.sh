@@ -2,7 +2,7 @@
 # The pipeline on real data: OpenAI's TL;DR posts and comparisons, and SmolLM2-135M-Instruct as the base model.
 #
 #   TLDR_DIR=FOLDER SIZE=short bash benchmark/real_data.sh   # for trying out: 10 to 20 minutes on two cores
-#   TLDR_DIR=FOLDER bash benchmark/real_data.sh              # day: two hours on two fast cores, or six (an estimate)
+#   TLDR_DIR=FOLDER bash benchmark/real_data.sh              # day: three and a half hours on two cores (an estimate)
 #   TLDR_DIR=FOLDER SIZE=full bash benchmark/real_data.sh    # all posts, all pairs, 20,480 episodes: for a GPU
 #   TLDR_DIR=FOLDER SIZE=full EPISODES=4608 bash benchmark/real_data.sh   # an estimate: 15 minutes on an H200
 #
@@ -32,8 +32,8 @@ case $SIZE in
   short) sft="--total_episodes 32 --lr 1e-4"; rm="--total_episodes 32 --lr 5e-5 --normalization_rows 8"
          episodes=16; lr=1e-5; rows=8; pairs=16; batch=8; micro=4; ppo_micro=4; query=128; half=500; every=1 ;;
   day)   sft="--total_episodes 1200 --lr 1e-4"
-         rm="--total_episodes 960 --lr 2e-5 --warm_up_steps 5 --normalization_rows 200"
-         episodes=768; lr=2e-5; rows=171; pairs=531; batch=32; micro=4; ppo_micro=4; query=224; half=""; every=1 ;;
+         rm="--total_episodes 2880 --lr 2e-5 --warm_up_steps 5 --normalization_rows 200"
+         episodes=1152; lr=2e-5; rows=171; pairs=531; batch=32; micro=4; ppo_micro=4; query=224; half=""; every=1 ;;
   full)  sft="--lr 1e-4"; rm="--lr 2e-5 --warm_up_steps 5"
          episodes=20480; lr=2e-5; rows=171; pairs=531; batch=128; micro=32; ppo_micro=64; query=512; half=""; every=20 ;;
   *) echo "error: SIZE is $SIZE; it is short, day or full" >&2; exit 2 ;;

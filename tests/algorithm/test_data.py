@@ -34,16 +34,15 @@ def load(folder, tokenizer, split="train", script=sft):
 
 
 def load_pairs(folder, tokenizer, split="train"):
-    limits = (512, 169, 638)
-    return reward.load_comparisons(reward.Args(label_dataset=str(folder)), split, tokenizer, limits, limits, PRINTER)
+    return reward.load_comparisons(reward.Args(label_dataset=str(folder)), split, tokenizer, 2021, PRINTER)
 
 
 def tokenize(rows, tokenizer, **limits):
     return [sft.tokenize_post(sft.Args(**limits), row, tokenizer) for row in rows]
 
 
-def compare(rows, tokenizer, limits=(512, 169, 638)):
-    return [reward.tokenize_comparison(row, tokenizer, limits, limits) for row in rows]
+def compare(rows, tokenizer, longest_news=2021, **limits):
+    return [reward.tokenize_comparison(reward.Args(**limits), row, tokenizer, longest_news) for row in rows]
 
 
 def bos_of(tokenizer):
@@ -163,8 +162,8 @@ def test_rows_that_are_too_long_are_left_out_and_not_cut(tokenizer):
     for less in (0, 1):
         for limit in (dict(max_response_length=response - less), dict(max_query_response_length=total - less)):
             assert ("longer than" in tokenize([post], tokenizer, **limit)[0]["problem"]) == bool(less)
-        for limits in ((512, summary - less, 638), (512, 169, both - less)):
-            assert ("longer than" in compare([PAIR], tokenizer, limits)[0]["problem"]) == bool(less)
+        for limit in (dict(max_response_length=summary - less), dict(max_query_response_length=both - less)):
+            assert ("longer than" in compare([PAIR], tokenizer, **limit)[0]["problem"]) == bool(less)
 
 
 BAD_POSTS = [
@@ -254,7 +253,7 @@ def test_a_column_that_is_null_for_12_megabytes(tmp_path):
 # ---- Comparisons -----------------------------------------------------------------------------------------------------
 def test_comparisons_follow_the_choice(tokenizer):
     rows, bos = make_pairs(30, 20), bos_of(tokenizer)
-    for pair, row in zip(compare(rows, tokenizer, (45, 169, 638)), rows, strict=True):
+    for pair, row in zip(compare(rows, tokenizer, max_query_length=45), rows, strict=True):
         query = slow_query(row["info"], tokenizer, 45 - len(bos))
         assert bool(query) != bool(pair["problem"])
         for name, which in (("chosen", row["choice"]), ("rejected", 1 - row["choice"])):
@@ -283,7 +282,7 @@ def test_prompt_chosen_rejected(tmp_path):
         prompt = slow_query(row["info"], tokenizer, 10**6)
         others.append({"prompt": prompt, "chosen": texts[row["choice"]], "rejected": texts[1 - row["choice"]]})
     write_rows(tmp_path / "train.parquet", others)
-    found, cut = load_pairs(tmp_path, tokenizer), compare(others, tokenizer, (40, 169, 638))
+    found, cut = load_pairs(tmp_path, tokenizer), compare(others, tokenizer, max_query_length=40)
     for pair, expected, short, row in zip(found, compare(rows, tokenizer), cut, others, strict=True):
         assert all((pair[name] == expected[name]).all() for name in ("chosen", "rejected"))
         query = tokenizer.decode(short["chosen"]).split("\n\nTL;DR: ")[0]
@@ -292,7 +291,7 @@ def test_prompt_chosen_rejected(tmp_path):
         assert count(tokenizer, query + "\n\nTL;DR:") <= 40
 
 
-def test_cnndm_format_and_truncation():
+def test_cnndm_format_and_truncation(monkeypatch):
     """The newline after "TL;DR:" counts in the truncation and is stripped before the summary is joined."""
     tokenizer, row = make_tokenizer(), make_pairs(1, 22, news=True)[0]
     lines = ["First line is here.", "Second line is there.", "Third"]
@@ -300,8 +299,15 @@ def test_cnndm_format_and_truncation():
     summary = row["summaries"][row["choice"]]["text"].strip()
     for number in (3, 2, 1):
         query = "Article:\n" + "\n".join(lines[:number]) + "\n\nTL;DR:\n"
-        fits, less = [compare([row], tokenizer, (count(tokenizer, query) - n, 155, 2021))[0]["chosen"] for n in (0, 1)]
-        assert tokenizer.decode(fits) == query.strip() + " " + summary + EOS and len(less) < len(fits)
+        monkeypatch.setattr(reward, "CNNDM_LIMITS", (count(tokenizer, query), 155, 2021))
+        (fits,) = compare([row], tokenizer)
+        monkeypatch.setattr(reward, "CNNDM_LIMITS", (count(tokenizer, query) - 1, 155, 2021))
+        (less,) = compare([row], tokenizer)
+        assert tokenizer.decode(fits["chosen"]) == query.strip() + " " + summary + EOS
+        assert len(less["chosen"]) < len(fits["chosen"])
+    length = max(len(less[side]) for side in ("chosen", "rejected"))
+    problems = [compare([row], tokenizer, longest_news=longest)[0]["problem"] for longest in (length, length - 1)]
+    assert problems == ["", f"longer than {length - 1} tokens with its query"]
 
 
 @pytest.mark.parametrize("choice", [2, -1, None, "1", True])
