@@ -263,8 +263,8 @@ def response_masks(responses: torch.Tensor, pad_token_id: int) -> dict:
 
 @torch.no_grad()
 def forward_all(args, accelerator: Accelerator, nets, queries, responses) -> dict:
-    """What all networks say of queries (B, Q) and responses (B, R): logprobs, ref_logprobs (B, R), INVALID_LOGPROB
-    after the end; values (B, R); rm_scores (B,), the reward model's; scores (B,), with the penalty for a missing EOS.
+    """What all networks say, in rollout and evaluation: logprobs, ref_logprobs (B, R), INVALID_LOGPROB after the end;
+    values (B, R); rm_scores (B,), the reward model's; scores (B,), with the penalty for a missing EOS.
     """
     pad = nets.tokenizer.pad_token_id
     token_ids, positions = join_rows(queries, responses, pad)  # (B, T), (B, R)
@@ -277,7 +277,7 @@ def forward_all(args, accelerator: Accelerator, nets, queries, responses) -> dic
         rm_scores = nets.reward_model(token_ids, (token_ids != pad).sum(1, keepdim=True) - 1).squeeze(1)
     # Detail 23 (EOS trick, 3): a response without EOS gets a fixed bad score INSTEAD of the reward model's. Otherwise
     # the policy has little reason to end its summaries.
-    scores = rm_scores
+    scores = rm_scores.clone()
     if args.missing_eos_penalty is not None:
         ended = (responses == nets.tokenizer.eos_token_id).any(1)  # (B,)
         scores = rm_scores.masked_fill(~ended, args.missing_eos_penalty)
@@ -837,7 +837,7 @@ def check_flags(args, may_be_zero: str, any_number: str = ""):
     for name, value in vars(args).items():
         if isinstance(value, str) and not (value.strip() and value.isprintable()):
             fail(f"--{name} {value!a}: not a printable text")
-        if type(value) in (int, float) and name not in any_number.split():
+        if type(value) in (int, float) and name not in any_number.split() and value != getattr(Args, name):
             least = 0 if name in may_be_zero.split() else 1e-30
             if not least <= value < 2**32:
                 fail(f"--{name} {value}: must be {'at least' if least == 0 else 'above'} 0 and below 2**32")
@@ -944,6 +944,7 @@ def save_checkpoint(args, accelerator: Accelerator, update: int, num_updates: in
     if args.save_every == 0 or (update % args.save_every != 0 and update != num_updates):
         return
     # Networks and optimizer are all: data order, random numbers and learning rate follow from seed, process, update.
+    # What a copy adds to that: `accelerator.register_for_checkpointing(it)` before `start_run`.
     folder = f"{args.output_dir}/checkpoints/update_{update:08d}"
     main = accelerator.is_main_process
     with atomic(folder) if main else explain(f"{folder} cannot be written"):
@@ -1003,7 +1004,7 @@ def main():
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         value_model.body.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = PolicyAndValue(policy, value_model, tokenizer.pad_token_id)
-    # A digest of the data and of some initial weights: a resumed run must start from the same.
+    # A digest of token ids and of some initial weights: a resumed run must start from the same.
     arrays = [post["tokens"] for post in posts]
     for part in (policy, reward_model):
         arrays += [parameter.detach().flatten()[:1000].numpy() for parameter in part.parameters()]
@@ -1019,9 +1020,9 @@ def main():
     nets = SimpleNamespace(model=model, ref_policy=ref_policy, reward_model=reward_model, tokenizer=tokenizer)
 
     # 4. Train, save, evaluate.
-    first_update = start_run(args, accelerator, record, batch_size, digest)
+    done = start_run(args, accelerator, record, batch_size, digest)
     started = time.time()
-    train(args, accelerator, nets, optimizer, posts, batch_size, range(first_update, num_updates))
+    train(args, accelerator, nets, optimizer, posts, batch_size, range(done, num_updates))
     summary = {"updates": num_updates, "episodes": num_updates * batch_size, "time/total": time.time() - started}
     if num_updates > 0 and accelerator.is_main_process:
         tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # saved only if it is in both

@@ -488,15 +488,15 @@ def tokenize_comparison(args, row: dict, tokenizer, longest_news: float) -> dict
     title = ""
     if row.get("summaries") is None:  # the schema of most preference sets: prompt, chosen, rejected
         texts = [row.get("prompt"), row.get("chosen"), row.get("rejected")]
-        prompt = str(texts[0]).strip()
-        tail = "\n\nTL;DR:" if prompt.endswith("TL;DR:") else ""
-        parts = ("", prompt.removesuffix("TL;DR:").strip(), tail)
+        prompt = str(texts[0]).rstrip(" ")
+        tail = format_post("", "", "")[2]
+        parts = ("", prompt.removesuffix(tail), tail if prompt.endswith(tail) else "")
     else:  # OpenAI's schema: info, summaries, choice. The paper's set has columns chosen and rejected beside them
         info, extra = [row[name] if isinstance(row.get(name), dict) else {} for name in ("info", "extra")]
         summaries = row["summaries"] if isinstance(row["summaries"], list) else []
         summaries = [summary for summary in summaries if isinstance(summary, dict)]
         pair["id"] = str(info.get("id") or "")
-        pair["batch"] = str(row.get("batch") or "")
+        pair["batch"] = "" if row.get("batch") is None else str(row["batch"])
         pair["confidence"] = str(extra.get("confidence") or "").removesuffix(".0")
         # Sorted: the pairs A | B and B | A are one group.
         pair["policies"] = " | ".join(sorted(str(summary.get("policy") or "unknown") for summary in summaries))
@@ -518,7 +518,8 @@ def tokenize_comparison(args, row: dict, tokenizer, longest_news: float) -> dict
         return pair | {"problem": "not two summaries, or one of the texts is empty"}
     if texts[1].strip() == texts[2].strip():
         return pair | {"problem": "the summaries are the same"}  # nothing can be learned from it
-    query = make_query(tokenizer, *parts, limits[0])[0].strip()
+    query = make_query(tokenizer, *parts, limits[0])[0]
+    query = query.strip() if pair["is_news"] else query
     if not query:
         return pair | {"problem": f"the post cannot be cut to {limits[0]} query tokens"}
     query_length = len(encode(tokenizer, query))
@@ -608,7 +609,7 @@ def check_flags(args, may_be_zero: str, any_number: str = ""):
     for name, value in vars(args).items():
         if isinstance(value, str) and not (value.strip() and value.isprintable()):
             fail(f"--{name} {value!a}: not a printable text")
-        if type(value) in (int, float) and name not in any_number.split():
+        if type(value) in (int, float) and name not in any_number.split() and value != getattr(Args, name):
             least = 0 if name in may_be_zero.split() else 1e-30
             if not least <= value < 2**32:
                 fail(f"--{name} {value}: must be {'at least' if least == 0 else 'above'} 0 and below 2**32")
@@ -715,6 +716,7 @@ def save_checkpoint(args, accelerator: Accelerator, update: int, num_updates: in
     if args.save_every == 0 or (update % args.save_every != 0 and update != num_updates):
         return
     # Networks and optimizer are all: data order, random numbers and learning rate follow from seed, process, update.
+    # What a copy adds to that: `accelerator.register_for_checkpointing(it)` before `start_run`.
     folder = f"{args.output_dir}/checkpoints/update_{update:08d}"
     main = accelerator.is_main_process
     with atomic(folder) if main else explain(f"{folder} cannot be written"):
@@ -769,7 +771,7 @@ def main():
         classifier.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     evaluation = load_evaluation(args, classifier.config, tokenizer, accelerator) if args.run_eval else ()
     model = RewardModel(classifier, bool(new_head))
-    # A digest of the data and of some initial weights: a resumed run must start from the same.
+    # A digest of token ids and of some initial weights: a resumed run must start from the same.
     arrays = [pair[side] for pair in pairs for side in ("chosen", "rejected")] + [post["tokens"] for post in posts]
     arrays += [parameter.detach().flatten()[:1000].numpy() for parameter in model.parameters()]
     digest = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
@@ -778,10 +780,9 @@ def main():
     model, optimizer = accelerator.prepare(model, optimizer)
 
     # 3. Train, normalise, save, evaluate.
-    first_update = start_run(args, accelerator, record, batch_size, digest)
+    done = start_run(args, accelerator, record, batch_size, digest)
     started = time.time()
-    updates = range(first_update, num_updates)
-    train(args, accelerator, model, optimizer, tokenizer.pad_token_id, pairs, batch_size, updates)
+    train(args, accelerator, model, optimizer, tokenizer.pad_token_id, pairs, batch_size, range(done, num_updates))
     summary = {"updates": num_updates, "episodes": num_updates * batch_size, "time/total": time.time() - started}
     model = accelerator.unwrap_model(model)
     config = model.classifier.config

@@ -488,7 +488,7 @@ def check_flags(args, may_be_zero: str, any_number: str = ""):
     for name, value in vars(args).items():
         if isinstance(value, str) and not (value.strip() and value.isprintable()):
             fail(f"--{name} {value!a}: not a printable text")
-        if type(value) in (int, float) and name not in any_number.split():
+        if type(value) in (int, float) and name not in any_number.split() and value != getattr(Args, name):
             least = 0 if name in may_be_zero.split() else 1e-30
             if not least <= value < 2**32:
                 fail(f"--{name} {value}: must be {'at least' if least == 0 else 'above'} 0 and below 2**32")
@@ -595,6 +595,7 @@ def save_checkpoint(args, accelerator: Accelerator, update: int, num_updates: in
     if args.save_every == 0 or (update % args.save_every != 0 and update != num_updates):
         return
     # Networks and optimizer are all: data order, random numbers and learning rate follow from seed, process, update.
+    # What a copy adds to that: `accelerator.register_for_checkpointing(it)` before `start_run`.
     folder = f"{args.output_dir}/checkpoints/update_{update:08d}"
     main = accelerator.is_main_process
     with atomic(folder) if main else explain(f"{folder} cannot be written"):
@@ -643,7 +644,7 @@ def main():
     model = load_causal_lm(path, tokenizer, positions, "--base_model")
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    # A digest of the data and of some initial weights: a resumed run must start from the same.
+    # A digest of token ids and of some initial weights: a resumed run must start from the same.
     arrays = [post["tokens"] for post in posts]
     arrays += [parameter.detach().flatten()[:1000].numpy() for parameter in model.parameters()]
     digest = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
@@ -652,10 +653,9 @@ def main():
     model, optimizer = accelerator.prepare(model, optimizer)
 
     # 3. Train, save, evaluate.
-    first_update = start_run(args, accelerator, record, batch_size, digest)
+    done = start_run(args, accelerator, record, batch_size, digest)
     started = time.time()
-    updates = range(first_update, num_updates)
-    train(args, accelerator, model, optimizer, tokenizer.pad_token_id, posts, batch_size, updates)
+    train(args, accelerator, model, optimizer, tokenizer.pad_token_id, posts, batch_size, range(done, num_updates))
     summary = {"updates": num_updates, "episodes": num_updates * batch_size, "time/total": time.time() - started}
     if num_updates > 0 and accelerator.is_main_process:
         tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # saved only if it is in both

@@ -291,6 +291,24 @@ def test_prompt_chosen_rejected(tmp_path):
         assert count(tokenizer, query + "\n\nTL;DR:") <= 40
 
 
+@pytest.mark.parametrize("limit", [512, 40])
+def test_another_format_is_changed_in_one_place(monkeypatch, limit):
+    """`format_post` decides for both schemas: a prompt is used as it is, and keeps its end where it is cut."""
+    tokenizer, rows, prompts = make_tokenizer(), make_pairs(20, 29), []
+    monkeypatch.setattr(reward, "format_post", lambda subreddit, title, post: ("Text: ", post, "\n\nSummary:"))
+    for row in rows:
+        row["info"]["post"] += " \n"
+        texts = [summary["text"] for summary in row["summaries"]]
+        prompts.append({"prompt": f"Text: {row['info']['post']}\n\nSummary:"})
+        prompts[-1] |= {"chosen": texts[row["choice"]], "rejected": texts[1 - row["choice"]]}
+    pairs = [compare(table, tokenizer, max_query_length=limit) for table in (rows, prompts)]
+    for pair, other in zip(*pairs, strict=True):
+        assert all((pair[name] == other[name]).all() for name in ("chosen", "rejected"))
+        assert "\n\nSummary: " in tokenizer.decode(other["chosen"])
+    cut = [tokenizer.decode(pair["chosen"]).count(" \n\n\nSummary: ") == 0 for pair in pairs[1]]
+    assert any(cut) == (limit == 40)
+
+
 def test_cnndm_format_and_truncation(monkeypatch):
     """The newline after "TL;DR:" counts in the truncation and is stripped before the summary is joined."""
     tokenizer, row = make_tokenizer(), make_pairs(1, 22, news=True)[0]

@@ -103,7 +103,7 @@ def test_masks_rewards_gae_and_whitening(whiten_rewards, gamma, lam, width):
     for seed, name in enumerate(("logprobs", "ref_logprobs")):
         batch[name] = normal(24, width, seed=seed).masked_fill(~batch["valid"], ppo.INVALID_LOGPROB)
     batch["values"] = normal(24, width, seed=2).masked_fill(~batch["valid_p1"], 0.0)
-    args = SimpleNamespace(kl_coef=0.3, gamma=gamma, lam=lam, whiten_rewards=whiten_rewards)
+    args = ppo.Args(kl_coef=0.3, gamma=gamma, lam=lam, whiten_rewards=whiten_rewards)
     result = ppo.compute_advantages(args, batch)
     rewards, advantages, returns = slow_advantages(batch, lengths, args, width)
     for b, length in enumerate(lengths):
@@ -146,7 +146,7 @@ def slow_loss(args, batch, logprobs, entropy, values, num_tokens, num_values):
 
 def test_ppo_loss_statistics_and_gradient():
     """With the counts of the whole minibatch, those of its micro-batches add up to those of the minibatch."""
-    args = SimpleNamespace(cliprange=0.2, cliprange_value=0.3, vf_coef=0.1)
+    args = ppo.Args(cliprange=0.2, cliprange_value=0.3, vf_coef=0.1)
     batch = ppo.response_masks(random_responses(12, 10, seed=3), PAD)
     logprobs, advantages, values, returns = normal(4, 12, 10, seed=4) * 0.5
     batch["logprobs"] = logprobs.masked_fill(~batch["valid"], ppo.INVALID_LOGPROB)
@@ -192,7 +192,7 @@ def test_scores_are_read_at_the_last_token_and_replaced_without_eos(penalty):
     nets.tokenizer = SimpleNamespace(pad_token_id=PAD, eos_token_id=EOS)
     nets.reward_model = lambda token_ids, positions: 10.0 + token_ids.gather(1, positions)  # 10 at EOS, 17 at a 7
     accelerator = SimpleNamespace(autocast=nullcontext, unwrap_model=lambda model: model)
-    args = SimpleNamespace(temperature=1.0, missing_eos_penalty=penalty)
+    args = ppo.Args(temperature=1.0, missing_eos_penalty=penalty)
     found = ppo.forward_all(args, accelerator, nets, queries, responses)
     assert found["rm_scores"].tolist() == [10, 17, 10, 10]
     assert found["scores"].tolist() == [10, 17 if penalty is None else penalty, 10, 10]  # instead of it, not in addition
@@ -232,7 +232,7 @@ def test_micro_batches_share_out_a_batch(script, world, micro, accumulation):
     """Detail S: all processes together train on every row of the batch once."""
     lengths = np.random.default_rng(1).integers(1, 100, 500)
     rows = np.random.default_rng(2).permutation(500)[: world * micro * accumulation]
-    args, shares = SimpleNamespace(local_micro_batch_size=micro), []
+    args, shares = script.Args(local_micro_batch_size=micro), []
     for rank in range(world):
         accelerator = SimpleNamespace(process_index=rank, num_processes=world)
         shares.append(script.micro_batches(args, accelerator, rows, lengths))
@@ -246,7 +246,7 @@ def test_micro_batches_share_out_a_batch(script, world, micro, accumulation):
 
 def test_minibatches_of_ppo():
     """Detail L: every row once per epoch, in another order in every epoch and update."""
-    args, batch = SimpleNamespace(seed=3, num_mini_batches=4), {"responses": torch.zeros(24, 5)}
+    args, batch = ppo.Args(seed=3, num_mini_batches=4), {"responses": torch.zeros(24, 5)}
     drawn = [np.stack(ppo.draw_minibatches(args, batch, *place)) for place in [(0, 0), (0, 1), (1, 0), (1, 1)]]
     assert all(rows.shape == (4, 6) and sorted(rows.flat) == list(range(24)) for rows in drawn)
     assert len({tuple(rows.flat) for rows in drawn}) == 4
