@@ -33,6 +33,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, PreTrainedTokenize
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
 POSITIONS = 160  # of the small models
 EOS = "<|endoftext|>"
 # What the small data need in place of the paper's lengths.

@@ -192,7 +192,9 @@ def patched_scripts(variant: Variant) -> dict[str, str]:
         if variant.path:
             # Within a repository git would take the paths as relative to its root.
             env = os.environ | {"GIT_CEILING_DIRECTORIES": str(Path(folder).resolve().parent)}
-            command = ["git", "apply", str(variant.path.resolve())]
+            below = parse_header(variant.path.read_text(encoding="utf-8")).get("on top of")  # another diff
+            paths = [variant.path.with_stem(below), variant.path] if below else [variant.path]
+            command = ["git", "apply", *[str(path.resolve()) for path in paths]]
             done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
             if done.returncode != 0:
                 fail(f"{variant.path} does not apply to the present scripts: {done.stderr.strip().splitlines()[0]}")

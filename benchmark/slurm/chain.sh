@@ -4,6 +4,7 @@
 #
 #   bash benchmark/slurm/chain.sh 1b 44413      # a size and a seed
 #   bash benchmark/slurm/chain.sh 1b all        # the seeds 44413 55513 66613 77713 as an array
+#   for size in 1b 2.8b 6.9b; do bash benchmark/slurm/chain.sh $size all; done   # the paper's table
 #
 # Variables: NODES (default 1) and GPUS_PER_NODE (default 8), whose product must divide 64; OUT, the folder of the runs,
 # in which {seed} stands for the seed. Whatever sbatch itself reads works too: SBATCH_PARTITION, SBATCH_ACCOUNT,

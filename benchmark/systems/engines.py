@@ -99,16 +99,6 @@ def parameter_difference(folder: Path, reference: Path) -> float:
     return max(((a[name] - b[name]).abs().max() / b[name].abs().max()).item() for name in a)
 
 
-def table(results: list[dict]) -> str:
-    """The results as Markdown."""
-    lines = ["| script | engine | last update | largest parameter difference | s per update |", "|---|---|---|---|---|"]
-    for row in results:
-        cells = [f"`{row['script']}.py`", row["engine"], f"`{row['measure']}` {row['value']:.6f}"]
-        cells += [f"{row['largest parameter difference']:.1e}", f"{row['seconds per update']:.2f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def main():
     if sys.argv[1:2] == ["--run_ppo"]:
         return run_ppo(sys.argv[2:])
@@ -127,8 +117,7 @@ def main():
         for engine in ENGINES:
             updates = max(1, args.updates // 5) if script == "ppo" else args.updates
             results.append(run_stage(jobs, script, engine, out, updates))
-            print(table(results[-1:]).splitlines()[-1], flush=True)
-    print("\n" + table(results))
+            print(json.dumps(results[-1]), flush=True)
     if args.output:
         command = " ".join(["python benchmark/systems/engines.py", *sys.argv[1:]])
         record = {"command": command, "date": str(date.today()), "hardware": describe_machine(), "results": results}

@@ -21,9 +21,8 @@ import pandas as pd
 import pytest
 from common import ROOT, run_inside
 
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import eval_judge as ej  # noqa: E402
-from fake_judge import FakeJudge, Fault, better, error_body, expected_scores, make_rows, parts_of, reply  # noqa: E402
+import eval_judge as ej
+from fake_judge import FakeJudge, Fault, better, error_body, expected_scores, make_rows, parts_of, reply
 
 
 # ---- Helpers ---------------------------------------------------------------------------------------------------------

@@ -2,13 +2,11 @@
 
 import os
 import subprocess
-import sys
 from types import SimpleNamespace
 
 from common import ROOT
 
-sys.path.insert(0, str(ROOT))
-from benchmark.systems.processes import started  # noqa: E402
+from benchmark.systems.processes import started
 
 ENV = {name: value for name, value in os.environ.items() if name.split("_")[0] not in ("ACCELERATE", "WANDB", "TLDR")}
 

@@ -5,7 +5,6 @@ import itertools
 import re
 import shutil
 import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +19,7 @@ from common import load_module, ppo, reward, sft
 from torch.optim import AdamW
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-sys.path.insert(0, str(ROOT))
-from benchmark.ablations import ablate  # noqa: E402
+from benchmark.ablations import ablate
 
 SCRIPTS = {"sft": sft, "reward": reward, "ppo": ppo}
 VARIANTS = {variant.name: variant for variant in ablate.load_variants()}

@@ -7,7 +7,6 @@ import functools
 import json
 import math
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,9 +18,8 @@ from common import CACHE, LENGTHS, ROOT, make_model_folder, make_pairs, make_pos
 from common import assert_close, load_module, ppo, reset_accelerate
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-sys.path.insert(0, str(ROOT))
-from benchmark.algorithms import compare  # noqa: E402
-from benchmark.systems import throughput  # noqa: E402
+from benchmark.algorithms import compare
+from benchmark.systems import throughput
 
 DIFFS = {path.stem: path for path in sorted((ROOT / "benchmark/algorithms").glob("*.diff"))}
 PAD, R = 9, 6
@@ -87,15 +85,6 @@ def test_rloo_against_a_slow_loop():
     module.ppo_loss(args, batch, old, torch.zeros(12, R), tokens, 12)[0].backward()
     expected = (-batch["advantages"].view(-1, 1) / 12).expand(12, R).masked_fill(~batch["valid"], 0.0)
     assert_close(old.grad.masked_fill(~batch["valid"], 0.0), expected)
-
-
-def test_rloo_baseline_does_not_depend_on_the_own_reward():
-    module, (batch, _, _) = patched("rloo"), made_up_batch()
-    before = module.compute_advantages(module.Args(), batch)["advantages"].flatten()
-    batch["scores"][5] += 100.0
-    change = module.compute_advantages(module.Args(), batch)["advantages"].flatten() - before
-    assert change[5].item() == pytest.approx(100) and change[[4, 6, 7]].tolist() == pytest.approx([-100 / 3] * 3)
-    assert change[[0, 1, 2, 3, 8, 9, 10, 11]].abs().max() == 0
 
 
 @pytest.mark.parametrize("divide_by_std", [True, False])

@@ -1,13 +1,11 @@
 """benchmark/plot_metrics.py: what it draws of the metrics of runs, and what it refuses."""
 
 import json
-import sys
 
 import pytest
 from common import ROOT, error_line, run_inside
 
-sys.path.insert(0, str(ROOT))
-from benchmark import plot_metrics  # noqa: E402
+from benchmark import plot_metrics
 
 
 def write_run(folder, kls, last="\n"):

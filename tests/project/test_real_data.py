@@ -12,8 +12,7 @@ import pytest
 from common import ROOT, make_pairs, read_json, run_inside, write_rows
 from scipy.stats import t
 
-sys.path.insert(0, str(ROOT))
-from benchmark.real_data import real_table  # noqa: E402
+from benchmark.real_data import real_table
 
 
 def test_comparisons_are_split_by_post(tmp_path):

@@ -21,8 +21,7 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-from benchmark.systems.processes import started  # noqa: E402
+from benchmark.systems.processes import started
 
 # Removed at the end of the session; the server has that of the process which started it.
 FOLDER = Path(os.environ.get("TESTS_SCRIPTS") or tempfile.mkdtemp(prefix="tests-scripts-"))
