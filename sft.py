@@ -488,7 +488,7 @@ def check_flags(args, may_be_zero: str, any_number: str = ""):
     for name, value in vars(args).items():
         if isinstance(value, str) and not (value.strip() and value.isprintable()):
             fail(f"--{name} {value!a}: not a printable text")
-        if type(value) in (int, float) and name not in any_number.split() and value != getattr(Args, name):
+        if type(value) in (int, float) and name not in any_number.split() and value != getattr(Args, name, None):
             least = 0 if name in may_be_zero.split() else 1e-30
             if not least <= value < 2**32:
                 fail(f"--{name} {value}: must be {'at least' if least == 0 else 'above'} 0 and below 2**32")
