@@ -484,8 +484,7 @@ def tokenize_comparison(args, row: dict, tokenizer, longest_news: float) -> dict
     """
     pair = dict.fromkeys(("id", "batch", "confidence", "policies", "problem"), "") | {"is_news": False}
     limits = (args.max_query_length, args.max_response_length, args.max_query_response_length)
-    subreddit = ""
-    title = ""
+    heading = []  # subreddit and title
     if row.get("summaries") is None:  # the schema of most preference sets: prompt, chosen, rejected
         texts = [row.get("prompt"), row.get("chosen"), row.get("rejected")]
         prompt = str(texts[0]).rstrip(" ")
@@ -500,18 +499,17 @@ def tokenize_comparison(args, row: dict, tokenizer, longest_news: float) -> dict
         pair["confidence"] = str(extra.get("confidence") or "").removesuffix(".0")
         # Sorted: the pairs A | B and B | A are one group.
         pair["policies"] = " | ".join(sorted(str(summary.get("policy") or "unknown") for summary in summaries))
-        subreddit = info.get("subreddit") or ""
-        title = info.get("title") or ""
+        heading = [info.get(name) or "" for name in ("subreddit", "title")]
         texts = [info.get("post") or info.get("article")] + [summary.get("text") for summary in summaries]
         if row["choice"] == 1:
             texts = [texts[0], *reversed(texts[1:])]
-        parts = format_post(subreddit, title, texts[0])
+        parts = format_post(*heading, texts[0])
         if info.get("article") and not info.get("post"):
             # Truncated including the last newline, which is stripped after that, as in the published code.
             parts = ("Article:\n", texts[0], "\n\nTL;DR:\n")
             limits = (*CNNDM_LIMITS[:2], min(CNNDM_LIMITS[2], longest_news))
             pair["is_news"] = True
-    for text in (subreddit, title, *texts):
+    for text in (*heading, *texts):
         if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):  # JSON may hold half a surrogate pair
             return pair | {"problem": "subreddit, title, post, article, prompt or a summary is missing or not a text"}
     if len(texts) != 3 or not all(text.strip() for text in texts):

@@ -143,6 +143,11 @@ def markdown(record: dict) -> str:
         held_out, above = ["{mean:.3f} [{low:.3f}, {high:.3f}]".format(**found[k]) for k in ("accuracy", "above_longer")]
         lines.append(f"\n{name}, {model['episodes']} pairs: accuracy {held_out} on {found['pairs']} held-out pairs of")
         lines.append(f"{found['posts']} posts. The longer summary is right in {found['longer']:.3f}; difference {above}.")
+        bins = [
+            f"{row['group']} {row['accuracy']:.3f} of {row['n']} (claimed: {row['claimed']:.3f})"
+            for row in model["report"]["calibration"]
+        ]
+        lines.append("Right by the size of the margin:\n" + ",\n".join(bins) + ".")
     both = record["reward_models"]
     lines.append(f"\nThe two agree on {both['agreement']:.3f} of the pairs; correlation of their margins")
     lines.append(f"{both['correlation_of_margins']:.3f}.")

@@ -68,7 +68,8 @@ def fill_run(folder):
         names = "rows loss rouge1 rouge2 rougeL response_length eos_share kl".split()
         files = {"summary.json": {"episodes": 8} | {f"eval/{name}": 0.5 for name in names}}
         if stage in ("reward", "judge_model"):
-            files["eval_test.json"] = {}
+            bins = [{"group": "[0.0, 0.5)", "n": 2, "accuracy": 0.5, "claimed": 0.55}]
+            files["eval_test.json"] = {"calibration": bins}
             pairs = make_pairs(4, seed=3)
             write_rows(folder / f"pairs/{stage}/test.parquet", pairs)  # the second one could not be used
             margins = zip([0, 2, 3], [1.0, -2.0, 0.0] if stage == "reward" else [2.0, 1.0, 0.0])
@@ -114,5 +115,6 @@ def test_figures_of_a_run(tmp_path):
     assert preferred == {"p0": "PPO", "p1": "SFT and PPO", "p2": "SFT"}
     written = (tmp_path / "real.json").read_text() + done.out
     assert not any(post in written for post in posts) and "I went home" not in written
+    assert "Right by the size of the margin:\n[0.0, 0.5) 0.500 of 2 (claimed: 0.550)." in done.out
     assert "accuracy 0.500 [" in done.out and "| objective/kl | 0.500 | 4.500 | +4.000 [" in done.out
     assert "| PPO, against SFT | 0.500 | 0.250 to 0.750 |" in done.out
