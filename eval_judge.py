@@ -317,8 +317,7 @@ def read_verdict(reply: str) -> Optional[str]:
 
     "Comparison: B omits the cat.\\nPreferred: A"  -> A      "preferred:** Summary b."             -> B
     "**A**" (nothing else)                         -> A      "The preferred summary is B.</s>"     -> B
-    "Preferred: A\\n...\\nPreferred: B"            -> None   "A is good, and so is B."             -> None
-    """
+    "Preferred: A\\n...\\nPreferred: B"            -> None   "A is good, and so is B."             -> None"""
     # What a thinking model writes before its reply is no reply; where the thinking never ends, there is none.
     reply = reply.rpartition("</think>")[2].partition("<think>")[0]
     # Markup says nothing: special tokens, emphasis, quotes, and brackets around a letter.

@@ -129,9 +129,8 @@ INVALID_LOGPROB = 1.0  # filler after the end of a response, which no real logpr
 
 # ---- The algorithm: training loop ------------------------------------------------------------------------------------
 def train(args, accelerator: Accelerator, nets, optimizer, posts: list, batch_size: int, updates: range):
-    """The training loop: rollout, advantages, PPO epochs; one line of metrics.jsonl per update. nets: model (policy and
-    value model, trained), ref_policy, reward_model, tokenizer. updates: those to do, to the last one of the run.
-    """
+    """The training loop. nets: model (policy and value model, trained), ref_policy, reward_model, tokenizer;
+    batch_size: episodes of all processes; updates: those to do, to the last one of the run."""
     num_updates = updates.stop
     # Detail S (data order): the same on all processes, new in every pass. If each shuffled with its own seed before it
     # takes its share, 8 processes would see 66% of the rows.
@@ -175,21 +174,19 @@ def train(args, accelerator: Accelerator, nets, optimizer, posts: list, batch_si
 def rollout(args, accelerator: Accelerator, nets, query_tokens: list, update: int) -> dict:
     """Sample a response to each query of this process, gather, and score. Returns the global batch, the same on all
     processes: queries (B, Q), left-padded; responses (B, R), right-padded; row_lengths (B,), in tokens; and what
-    `response_masks` and `forward_all` give for them.
-    """
+    `response_masks` and `forward_all` give for them."""
     pad = nets.tokenizer.pad_token_id
-    # Detail S (sampling seeds): a function of seed, process and update alone (with the same batch sizes). So a resumed
-    # run samples what the uninterrupted run would have sampled.
+    # Detail S (sampling seeds): from seed, process and update alone, so a resumed run samples as an uninterrupted one.
     seeds = np.random.SeedSequence([args.seed + 100003 * accelerator.process_index, update])
     torch.manual_seed(int(seeds.generate_state(1)[0]))
-    nets.model.eval()  # in training mode, gradient checkpointing disables the KV cache
-    policy = accelerator.unwrap_model(nets.model).policy
+    policy = accelerator.unwrap_model(nets.model).eval().policy  # in training mode, checkpointing has no KV cache
     size = args.local_rollout_forward_batch_size
-    batch = sample_responses(args, accelerator, policy, nets.tokenizer, query_tokens, args.temperature, size)
-    batch["queries"] = accelerator.pad_across_processes(batch["queries"], dim=1, pad_index=pad, pad_first=True)
-    batch = accelerator.gather(batch)
-    batch |= response_masks(batch["responses"], pad)
-    batch["row_lengths"] = ((batch["queries"] != pad).sum(1) + (batch["responses"] != pad).sum(1)).cpu().numpy()  # (B,)
+    responses = sample_responses(args, accelerator, policy, nets.tokenizer, query_tokens, args.temperature, size)
+    responses = accelerator.gather(responses)
+    queries = pad_rows(query_tokens, pad, "left", accelerator.device)
+    queries = accelerator.gather(accelerator.pad_across_processes(queries, dim=1, pad_index=pad, pad_first=True))
+    batch = dict(queries=queries, responses=responses, **response_masks(responses, pad))
+    batch["row_lengths"] = ((queries != pad).sum(1) + batch["valid"].sum(1)).cpu().numpy()  # (B,)
 
     # Score in the very micro-batches of the first epoch. The same shapes round in the same way, so the ratios of the
     # first optimizer step are exactly 1, in bf16 as well.
@@ -197,10 +194,10 @@ def rollout(args, accelerator: Accelerator, nets, query_tokens: list, update: in
     found = {}  # each process fills its own rows; the others are 0 until all are added up
     for minibatch in draw_minibatches(args, batch, update, epoch=0):
         for rows in micro_batches(args, accelerator, minibatch, batch["row_lengths"]):
-            part = forward_all(args, accelerator, nets, batch["queries"][rows], batch["responses"][rows])
+            part = forward_all(args, accelerator, nets, queries[rows], responses[rows])
             for name, values in part.items():
                 if name not in found:
-                    found[name] = values.new_zeros(len(batch["responses"]), *values.shape[1:])
+                    found[name] = values.new_zeros(len(responses), *values.shape[1:])
                 found[name][rows] = values
     batch |= accelerator.reduce(found, "sum")
     move_frozen(args, accelerator, nets, "cpu")
@@ -212,13 +209,12 @@ def rollout(args, accelerator: Accelerator, nets, query_tokens: list, update: in
 
 
 @torch.no_grad()
-def sample_responses(args, accelerator, policy, tokenizer, query_tokens: list, temperature: float, size: int) -> dict:
-    """Sample a response to each query, `size` at a time. Left-padded queries (B, Q), right-padded responses (B, R)."""
+def sample_responses(args, accelerator, policy, tokenizer, query_tokens: list, temperature: float, size: int):
+    """Sample a response to each query, `size` at a time: token ids (B, R), right-padded."""
 
     def sample(input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """(B, V) -> 1 at a token sampled from these logits, 0 elsewhere: `generate` takes the token with the 1."""
-        # By the inverse CDF, with one random number per row. `torch.multinomial` draws one for every id of the
-        # vocabulary, which takes a CPU 40% of its sampling time.
+        # By the inverse CDF. `torch.multinomial` draws a random number for every id: 40% of a CPU's sampling time.
         cdf = torch.softmax(logits / (temperature + 1e-7), dim=-1).double().cumsum(-1)  # (B, V)
         uniform = torch.rand(len(cdf), 1, dtype=torch.double, device=cdf.device) * cdf[:, -1:]  # (B, 1)
         tokens = torch.searchsorted(cdf, uniform, right=True).clamp(max=cdf.shape[1] - 1)  # (B, 1), in range if NaN too
@@ -243,8 +239,7 @@ def sample_responses(args, accelerator, policy, tokenizer, query_tokens: list, t
             output = policy.generate(queries, attention_mask=mask, generation_config=config, logits_processor=[sample])
         missing = queries.shape[1] + args.response_length - output.shape[1]  # output (B, Q + R), less if all have ended
         responses.append(F.pad(output, (0, missing), value=tokenizer.pad_token_id)[:, queries.shape[1] :])
-    queries = pad_rows(query_tokens, tokenizer.pad_token_id, "left", accelerator.device)
-    return {"queries": queries, "responses": torch.cat(responses)}
+    return torch.cat(responses)
 
 
 def response_masks(responses: torch.Tensor, pad_token_id: int) -> dict:
@@ -255,8 +250,7 @@ def response_masks(responses: torch.Tensor, pad_token_id: int) -> dict:
         valid          1       1       1       0       0         logprobs, KL penalty, policy loss
         valid_p1       1       1       1       1       0         values, value loss
         values are at  query   a       b       EOS     -         the value model's output at the token before
-        rewards        -c KL   -c KL   -c KL   score   0         c is kl_coef
-    """
+        rewards        -c KL   -c KL   -c KL   score   0         c is kl_coef"""
     valid = responses != pad_token_id
     return dict(valid=valid, valid_p1=F.pad(valid, (1, 0), value=True)[:, :-1])
 
@@ -264,8 +258,7 @@ def response_masks(responses: torch.Tensor, pad_token_id: int) -> dict:
 @torch.no_grad()
 def forward_all(args, accelerator: Accelerator, nets, queries, responses) -> dict:
     """What all networks say, in rollout and evaluation: logprobs, ref_logprobs (B, R), INVALID_LOGPROB after the end;
-    values (B, R); rm_scores (B,), the reward model's; scores (B,), with the penalty for a missing EOS.
-    """
+    values (B, R); rm_scores (B,), the reward model's; scores (B,), with the penalty for a missing EOS."""
     pad = nets.tokenizer.pad_token_id
     token_ids, positions = join_rows(queries, responses, pad)  # (B, T), (B, R)
     with accelerator.autocast():
@@ -275,8 +268,7 @@ def forward_all(args, accelerator: Accelerator, nets, queries, responses) -> dic
         ref_logprobs, _ = response_logprobs(nets.ref_policy, token_ids, positions, responses, pad, args.temperature)
         # Detail 12 (reward at EOS): the reward is read at the last token of the response, as in reward.py.
         rm_scores = nets.reward_model(token_ids, (token_ids != pad).sum(1, keepdim=True) - 1).squeeze(1)
-    # Detail 23 (EOS trick, 3): a response without EOS gets a fixed bad score INSTEAD of the reward model's. Otherwise
-    # the policy has little reason to end its summaries.
+    # Detail 23 (EOS trick, 3): without EOS, a fixed bad score INSTEAD of the reward model's, so that summaries end.
     scores = rm_scores.clone()
     if args.missing_eos_penalty is not None:
         ended = (responses == nets.tokenizer.eos_token_id).any(1)  # (B,)
@@ -291,8 +283,7 @@ def join_rows(queries: torch.Tensor, responses: torch.Tensor, pad_token_id: int)
     >>> join_rows(torch.tensor([[9, 9, 5], [6, 7, 8]]), torch.tensor([[3, 4], [3, 9]]), pad_token_id=9)
     (tensor([[5, 3, 4, 9],
             [6, 7, 8, 3]]), tensor([[0, 1],
-            [2, 3]]))
-    """
+            [2, 3]]))"""
     # With all padding on the right, no attention mask is needed: a causal model never looks to the right.
     token_ids = torch.cat([queries, responses], dim=1)  # (B, Q + R)
     is_pad = token_ids == pad_token_id
@@ -305,8 +296,7 @@ def join_rows(queries: torch.Tensor, responses: torch.Tensor, pad_token_id: int)
 
 def response_logprobs(policy, token_ids, positions, responses, pad_token_id: int, temperature: float):
     """For the rows (B, T) and positions (B, R) of `join_rows`: the logprob of each response token at the sampling
-    temperature, INVALID_LOGPROB after the end, and the entropy of the distribution, 0 after the end: (B, R) each.
-    """
+    temperature, INVALID_LOGPROB after the end, and the entropy of the distribution, 0 after the end: (B, R) each."""
     valid = responses != pad_token_id  # (B, R)
     # The logits at a position predict the NEXT token. Those of the prompt, nine in ten, are never computed.
     keep = torch.zeros_like(token_ids, dtype=torch.bool).scatter(1, positions, valid)  # (B, T)
@@ -356,8 +346,7 @@ def whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) ->
 def gae(rewards: torch.Tensor, values: torch.Tensor, gamma: float, lam: float):
     """Generalized advantage estimation (arXiv 1506.02438): rewards and values (B, R), 0 after the position EOS + 1,
     to advantages and returns (B, R). values[:, t] is the value model's output at the token BEFORE response token t.
-        delta_t = r_t + gamma V_{t+1} - V_t          advantage_t = delta_t + gamma lambda advantage_{t+1}
-    """
+        delta_t = r_t + gamma V_{t+1} - V_t          advantage_t = delta_t + gamma lambda advantage_{t+1}"""
     advantages = torch.zeros_like(rewards)
     next_advantage = torch.zeros_like(rewards[:, 0])  # (B,)
     next_value = torch.zeros_like(rewards[:, 0])  # (B,), nothing follows the last position
@@ -371,9 +360,7 @@ def gae(rewards: torch.Tensor, values: torch.Tensor, gamma: float, lam: float):
 
 # ---- The algorithm: PPO update ---------------------------------------------------------------------------------------
 def ppo_update(args, accelerator: Accelerator, model, optimizer, batch: dict, update: int) -> dict:
-    """All epochs and minibatches of PPO on one global batch, which every process holds as a whole. Returns the
-    statistics of the update as floats.
-    """
+    """All epochs of PPO on one global batch, which every process holds as a whole. Returns the update's statistics."""
     model.train()  # there is no dropout (Detail 7), but gradient checkpointing works in this mode only
     steps = []  # the statistics of each optimizer step
     grad_norms = []
@@ -419,8 +406,7 @@ def ppo_loss(args, batch: dict, logprobs, entropy, values, num_tokens, num_value
     """The clipped surrogate loss of PPO (arXiv 1707.06347) and the clipped value loss, for one micro-batch: the loss
     and its statistics, which add up over the micro-batches to means over the minibatch; ratio_dev is a maximum.
     batch: the rollout of these rows; logprobs, entropy, values (B, R): of the model now; num_tokens, num_values: valid
-    entries of the whole minibatch.
-    """
+    entries of the whole minibatch."""
     # Detail W (valid tokens): all sums are over real tokens. Means over padding too would be small for short responses.
     valid = batch["valid"]
     valid_p1 = batch["valid_p1"]
@@ -453,9 +439,7 @@ def ppo_loss(args, batch: dict, logprobs, entropy, values, num_tokens, num_value
 
 # ---- Networks --------------------------------------------------------------------------------------------------------
 class ScalarModel(nn.Module):
-    """A transformer body with one linear output per token: reward or value model. Right-padded ids (B, T) and
-    positions (B, P) -> the outputs at those positions, (B, P).
-    """
+    """Reward or value model: right-padded ids (B, T), positions (B, P) -> one linear output at each, (B, P)."""
 
     def __init__(self, classifier):
         super().__init__()
@@ -527,7 +511,6 @@ def load_model(model_class, path: str, tokenizer, positions: int, flag: str, **n
             if ("dropout" in name or name.endswith(("pdrop", "jitter_noise"))) and isinstance(value, (int, float)):
                 setattr(config, name, 0.0)
         # Detail 8 (fp32 masters): Pythia's checkpoints are fp16, in which most updates at lr 3e-6 are rounded away.
-        # bf16 is for the computation only (autocast, or DeepSpeed's).
         options = dict(dtype=torch.float32, trust_remote_code=False, output_loading_info=True)
         model, info = model_class.from_pretrained(path, config=config, **options)
     body = model.base_model_prefix
@@ -661,9 +644,7 @@ def make_query(tokenizer, head: str, body: str, tail: str, max_tokens: int) -> t
 
 
 def tokenize_post(args, row: dict, tokenizer) -> dict:
-    """A raw post -> `id`; `query`, `reference` (text); `query_tokens` (ids); `tokens` (ids of query and reference, EOS
-    last); `problem` (why the row cannot be used, or "").
-    """
+    """A raw post -> id; query, reference (texts); query_tokens, tokens (ids; of both, EOS last); problem ("": none)."""
     post = {"id": "" if row.get("id") is None else str(row["id"]).strip(), "problem": ""}
     for name in ("subreddit", "title", "post", "summary"):
         text = row.get(name)
@@ -688,7 +669,7 @@ def tokenize_post(args, row: dict, tokenizer) -> dict:
 
 
 def load_posts(args, split: str, tokenizer, accelerator: Accelerator) -> list[dict]:
-    """One split of posts, formatted and tokenized (see `tokenize_post`); unusable rows are named and left out."""
+    """One split of posts, formatted and tokenized (see `tokenize_post`); unusable rows are counted and left out."""
     # Detail 1 (specification): the columns and splits of the paper's TL;DR set.
     rows = read_rows(args.query_dataset, split, ["id", "subreddit", "title", "post", "summary"], "--query_dataset")
     posts = [tokenize_post(args, row, tokenizer) for row in rows]
@@ -714,8 +695,7 @@ def keep_usable(rows: list[dict], where: str, accelerator: Accelerator) -> list[
 
 def micro_batches(args, accelerator: Accelerator, rows: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
     """Cut the row numbers of a global batch into micro-batches of similar length; return those of this process."""
-    # Similar lengths need little padding. The longest come first, so that a lack of memory shows at once. The order
-    # does not change the gradient, since the loss is normalised over the global batch.
+    # Similar lengths need little padding. The longest come first, so that a lack of memory shows at once.
     rows = rows[np.argsort(-lengths[rows], kind="stable")]
     cuts = range(args.local_micro_batch_size, len(rows), args.local_micro_batch_size)
     return np.split(rows, cuts)[accelerator.process_index :: accelerator.num_processes]
@@ -754,8 +734,7 @@ def evaluate(args, accelerator: Accelerator, nets, posts: list[dict]) -> dict:
     size = args.local_eval_batch_size
     pad = nets.tokenizer.pad_token_id
     eos = nets.tokenizer.eos_token_id
-    nets.model.eval()
-    policy = accelerator.unwrap_model(nets.model).policy
+    policy = accelerator.unwrap_model(nets.model).eval().policy
     seeds = np.random.SeedSequence([args.seed + 100003 * rank, 0])
     torch.manual_seed(int(seeds.generate_state(1)[0]))
     move_frozen(args, accelerator, nets, accelerator.device)
@@ -766,12 +745,12 @@ def evaluate(args, accelerator: Accelerator, nets, posts: list[dict]) -> dict:
     for start in tqdm(range(0, len(mine), size), desc="evaluation", disable=rank > 0):
         part = mine[start : start + size]
         tokens = [post["query_tokens"] for post in part]
-        batch = sample_responses(args, accelerator, policy, nets.tokenizer, tokens, args.eval_temperature, size)
-        batch |= forward_all(args, accelerator, nets, batch["queries"], batch["responses"])
+        responses = sample_responses(args, accelerator, policy, nets.tokenizer, tokens, args.eval_temperature, size)
+        queries = pad_rows(tokens, pad, "left", accelerator.device)
+        batch = forward_all(args, accelerator, nets, queries, responses)
         references = pad_rows([post["tokens"] for post in part], pad, "right", accelerator.device)  # (B, T)
         with accelerator.autocast():
             reference_scores = nets.reward_model(references, (references != pad).sum(1, keepdim=True) - 1).squeeze(1)
-        responses = batch["responses"]
         columns = {
             "score": batch["scores"],
             "reference_score": reference_scores,
@@ -813,7 +792,7 @@ def explain(message: str):
 
 @contextmanager
 def atomic(path: str):
-    """Yield a temporary path for a file or a folder; at the end it is renamed to `path`, after an error removed."""
+    """Yield a temporary path for a file or folder, renamed to `path` at the end. A folder is removed after an error."""
     temporary = f"{path}.tmp"
     try:
         with explain(f"{path} cannot be written: make room, then continue with --resume"):
@@ -994,15 +973,13 @@ def main():
     eval_posts = load_posts(args, args.eval_split, tokenizer, accelerator) if args.run_eval else []
 
     # 3. The networks, which share no parameters, and the optimizer.
-    positions = args.max_query_length + args.response_length
-    if args.run_eval:  # scores the references too
-        positions = max(positions, args.max_query_response_length)
+    positions = max(args.max_query_length + args.response_length, args.max_query_response_length)
     policy = load_causal_lm(sft_path, tokenizer, positions, "--sft_model_path")
     value_model = ScalarModel(load_classifier(reward_path, tokenizer, positions, "--reward_model_path"))
     reward_model = ScalarModel(load_classifier(reward_path, tokenizer, positions, "--reward_model_path"))
     if args.gradient_checkpointing:
-        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        value_model.body.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        policy.activation_checkpointing_enable()
+        value_model.body.activation_checkpointing_enable()
     model = PolicyAndValue(policy, value_model, tokenizer.pad_token_id)
     # A digest of token ids and of some initial weights: a resumed run must start from the same.
     arrays = [post["tokens"] for post in posts]
@@ -1021,9 +998,8 @@ def main():
 
     # 4. Train, save, evaluate.
     done = start_run(args, accelerator, record, batch_size, digest)
-    started = time.time()
     train(args, accelerator, nets, optimizer, posts, batch_size, range(done, num_updates))
-    summary = {"updates": num_updates, "episodes": num_updates * batch_size, "time/total": time.time() - started}
+    summary = {"updates": num_updates, "episodes": num_updates * batch_size}
     if num_updates > 0 and accelerator.is_main_process:
         tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # saved only if it is in both
         with atomic(f"{args.output_dir}/model") as temporary:
@@ -1034,10 +1010,9 @@ def main():
         last = json.loads(open(f"{args.output_dir}/metrics.jsonl", encoding="utf-8").readlines()[-1])
         summary |= {name: value for name, value in last.items() if name.startswith(("objective/", "val/"))}
     if args.run_eval:
-        started = time.time()
         results = evaluate(args, accelerator, nets, eval_posts)
         log_metrics({"episode": summary["episodes"]} | results, args, accelerator)
-        summary |= results | {"time/eval": time.time() - started}
+        summary |= results
     if accelerator.is_main_process:
         text = json.dumps(summary, indent=2)
         write_text(f"{args.output_dir}/summary.json", text + "\n")

@@ -144,9 +144,7 @@ def train(args, accelerator: Accelerator, model, optimizer, pad_token_id: int, p
                 chosen, rejected = model(token_ids).chunk(2)  # (B / 2,) each
                 # Bradley-Terry: -log of the probability sigmoid(chosen - rejected) of the human choice.
                 losses = -F.logsigmoid(chosen - rejected)  # (B / 2,)
-                # Divided by the global count already: undo accelerate's division by steps and processes.
-                scale = args.gradient_accumulation_steps * accelerator.num_processes
-                accelerator.backward(losses.sum() / batch_size * scale)
+                accelerator.backward(losses.mean())  # accelerate divides by steps and processes: a mean over the batch
                 if accelerator.sync_gradients:  # the norm of the whole gradient; nothing is clipped
                     grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), math.inf))
                 optimizer.step()
@@ -224,8 +222,7 @@ def raw_scores(args, accelerator: Accelerator, model, pad_token_id: int, tokens:
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
 def accuracy_rows(margins: pd.Series, groups: pd.Series) -> list[dict]:
     """In each group of pairs: n; accuracy, the share whose chosen summary scores higher (margin > 0), and its 95%
-    Wilson interval, low to high; margin, the mean |margin|; claimed, what the model claims, mean sigmoid(|margin|).
-    """
+    Wilson interval, low to high; margin, the mean |margin|; claimed, what the model claims, mean sigmoid(|margin|)."""
     rows = []
     for name, part in margins.groupby(groups, observed=True):
         wins = int((part > 0).sum())
@@ -293,7 +290,6 @@ def load_model(model_class, path: str, tokenizer, positions: int, flag: str, **n
             if ("dropout" in name or name.endswith(("pdrop", "jitter_noise"))) and isinstance(value, (int, float)):
                 setattr(config, name, 0.0)
         # Detail 8 (fp32 masters): Pythia's checkpoints are fp16, in which most updates at lr 3e-6 are rounded away.
-        # bf16 is for the computation only (autocast, or DeepSpeed's).
         options = dict(dtype=torch.float32, trust_remote_code=False, output_loading_info=True)
         model, info = model_class.from_pretrained(path, config=config, **options)
     body = model.base_model_prefix
@@ -411,9 +407,7 @@ def make_query(tokenizer, head: str, body: str, tail: str, max_tokens: int) -> t
 
 
 def tokenize_post(args, row: dict, tokenizer) -> dict:
-    """A raw post -> `id`; `query`, `reference` (text); `query_tokens` (ids); `tokens` (ids of query and reference, EOS
-    last); `problem` (why the row cannot be used, or "").
-    """
+    """A raw post -> id; query, reference (texts); query_tokens, tokens (ids; of both, EOS last); problem ("": none)."""
     post = {"id": "" if row.get("id") is None else str(row["id"]).strip(), "problem": ""}
     for name in ("subreddit", "title", "post", "summary"):
         text = row.get(name)
@@ -438,7 +432,7 @@ def tokenize_post(args, row: dict, tokenizer) -> dict:
 
 
 def load_posts(args, split: str, tokenizer, accelerator: Accelerator) -> list[dict]:
-    """One split of posts, formatted and tokenized (see `tokenize_post`); unusable rows are named and left out."""
+    """One split of posts, formatted and tokenized (see `tokenize_post`); unusable rows are counted and left out."""
     # Detail 1 (specification): the columns and splits of the paper's TL;DR set.
     rows = read_rows(args.query_dataset, split, ["id", "subreddit", "title", "post", "summary"], "--query_dataset")
     posts = [tokenize_post(args, row, tokenizer) for row in rows]
@@ -464,8 +458,7 @@ def keep_usable(rows: list[dict], where: str, accelerator: Accelerator) -> list[
 
 def micro_batches(args, accelerator: Accelerator, rows: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
     """Cut the row numbers of a global batch into micro-batches of similar length; return those of this process."""
-    # Similar lengths need little padding. The longest come first, so that a lack of memory shows at once. The order
-    # does not change the gradient, since the loss is normalised over the global batch.
+    # Similar lengths need little padding. The longest come first, so that a lack of memory shows at once.
     rows = rows[np.argsort(-lengths[rows], kind="stable")]
     cuts = range(args.local_micro_batch_size, len(rows), args.local_micro_batch_size)
     return np.split(rows, cuts)[accelerator.process_index :: accelerator.num_processes]
@@ -478,10 +471,8 @@ def pad_rows(rows: list, pad_token_id: int, side: str, device) -> torch.Tensor:
 
 
 def tokenize_comparison(args, row: dict, tokenizer, longest_news: float) -> dict:
-    """A raw comparison -> `chosen` and `rejected`, ids of query and summary, EOS last; `problem`, why it cannot be
-    used, or ""; and what the evaluation groups by: `is_news` (CNN/DM, Detail 17; such a row has at most `longest_news`
-    tokens), `id`, `batch`, `confidence`, `policies` ("": unknown).
-    """
+    """A raw comparison -> chosen, rejected (ids of query and summary, EOS last); problem ("": none); and for the
+    evaluation is_news (CNN/DM, Detail 17; at most `longest_news` tokens), id, batch, confidence, policies."""
     pair = dict.fromkeys(("id", "batch", "confidence", "policies", "problem"), "") | {"is_news": False}
     limits = (args.max_query_length, args.max_response_length, args.max_query_response_length)
     heading = []  # subreddit and title
@@ -534,7 +525,7 @@ def tokenize_comparison(args, row: dict, tokenizer, longest_news: float) -> dict
 
 
 def load_comparisons(args, split: str, tokenizer, longest_news: float, accelerator: Accelerator) -> list[dict]:
-    """One split of comparisons, formatted and tokenized; unusable rows are named and left out."""
+    """One split of comparisons, formatted and tokenized; unusable rows are counted and left out."""
     columns = ["info", "summaries", "choice", "batch", "extra", "prompt", "chosen", "rejected"]
     rows = read_rows(args.label_dataset, split, columns, "--label_dataset")
     where = f"--label_dataset {args.label_dataset}, {split}"
@@ -583,7 +574,7 @@ def explain(message: str):
 
 @contextmanager
 def atomic(path: str):
-    """Yield a temporary path for a file or a folder; at the end it is renamed to `path`, after an error removed."""
+    """Yield a temporary path for a file or folder, renamed to `path` at the end. A folder is removed after an error."""
     temporary = f"{path}.tmp"
     try:
         with explain(f"{path} cannot be written: make room, then continue with --resume"):
@@ -766,7 +757,7 @@ def main():
     new_head = {} if args.reward_model_path else {"num_labels": 1}
     classifier = load_classifier(path, tokenizer, longest, flag, **new_head)
     if args.gradient_checkpointing:
-        classifier.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        classifier.activation_checkpointing_enable()
     evaluation = load_evaluation(args, classifier.config, tokenizer, accelerator) if args.run_eval else ()
     model = RewardModel(classifier, bool(new_head))
     # A digest of token ids and of some initial weights: a resumed run must start from the same.
@@ -779,9 +770,8 @@ def main():
 
     # 3. Train, normalise, save, evaluate.
     done = start_run(args, accelerator, record, batch_size, digest)
-    started = time.time()
     train(args, accelerator, model, optimizer, tokenizer.pad_token_id, pairs, batch_size, range(done, num_updates))
-    summary = {"updates": num_updates, "episodes": num_updates * batch_size, "time/total": time.time() - started}
+    summary = {"updates": num_updates, "episodes": num_updates * batch_size}
     model = accelerator.unwrap_model(model)
     config = model.classifier.config
     if new_offset:
@@ -796,10 +786,9 @@ def main():
             for name in os.listdir(temporary):
                 os.chmod(f"{temporary}/{name}", 0o644)  # safetensors writes files that only their owner can read
     if args.run_eval:
-        started = time.time()
         results = evaluate(args, accelerator, model, tokenizer.pad_token_id, *evaluation)
         log_metrics({"episode": summary["episodes"]} | results, args, accelerator)
-        summary |= results | {"time/eval": time.time() - started}
+        summary |= results
     if accelerator.is_main_process:
         text = json.dumps(summary, indent=2)
         write_text(f"{args.output_dir}/summary.json", text + "\n")

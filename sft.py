@@ -168,13 +168,12 @@ def target_logprobs(accelerator: Accelerator, model, posts: list[dict], pad_toke
 
 # ---- Sampling and evaluation -----------------------------------------------------------------------------------------
 @torch.no_grad()
-def sample_responses(args, accelerator, policy, tokenizer, query_tokens: list, temperature: float, size: int) -> dict:
-    """Sample a response to each query, `size` at a time. Left-padded queries (B, Q), right-padded responses (B, R)."""
+def sample_responses(args, accelerator, policy, tokenizer, query_tokens: list, temperature: float, size: int):
+    """Sample a response to each query, `size` at a time: token ids (B, R), right-padded."""
 
     def sample(input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """(B, V) -> 1 at a token sampled from these logits, 0 elsewhere: `generate` takes the token with the 1."""
-        # By the inverse CDF, with one random number per row. `torch.multinomial` draws one for every id of the
-        # vocabulary, which takes a CPU 40% of its sampling time.
+        # By the inverse CDF. `torch.multinomial` draws a random number for every id: 40% of a CPU's sampling time.
         cdf = torch.softmax(logits / (temperature + 1e-7), dim=-1).double().cumsum(-1)  # (B, V)
         uniform = torch.rand(len(cdf), 1, dtype=torch.double, device=cdf.device) * cdf[:, -1:]  # (B, 1)
         tokens = torch.searchsorted(cdf, uniform, right=True).clamp(max=cdf.shape[1] - 1)  # (B, 1), in range if NaN too
@@ -199,8 +198,7 @@ def sample_responses(args, accelerator, policy, tokenizer, query_tokens: list, t
             output = policy.generate(queries, attention_mask=mask, generation_config=config, logits_processor=[sample])
         missing = queries.shape[1] + args.response_length - output.shape[1]  # output (B, Q + R), less if all have ended
         responses.append(F.pad(output, (0, missing), value=tokenizer.pad_token_id)[:, queries.shape[1] :])
-    queries = pad_rows(query_tokens, tokenizer.pad_token_id, "left", accelerator.device)
-    return {"queries": queries, "responses": torch.cat(responses)}
+    return torch.cat(responses)
 
 
 @torch.no_grad()
@@ -220,8 +218,7 @@ def evaluate(args, accelerator: Accelerator, model, tokenizer, posts: list[dict]
         with accelerator.autocast():
             logprobs = target_logprobs(accelerator, policy, part, pad)  # (B, T)
         tokens = [post["query_tokens"] for post in part]
-        batch = sample_responses(args, accelerator, policy, tokenizer, tokens, args.eval_temperature, size)
-        responses = batch["responses"]
+        responses = sample_responses(args, accelerator, policy, tokenizer, tokens, args.eval_temperature, size)
         columns = {
             "loss": -logprobs.sum(1),
             "response_length": (responses != pad).sum(1),
@@ -260,7 +257,6 @@ def load_model(model_class, path: str, tokenizer, positions: int, flag: str, **n
             if ("dropout" in name or name.endswith(("pdrop", "jitter_noise"))) and isinstance(value, (int, float)):
                 setattr(config, name, 0.0)
         # Detail 8 (fp32 masters): Pythia's checkpoints are fp16, in which most updates at lr 3e-6 are rounded away.
-        # bf16 is for the computation only (autocast, or DeepSpeed's).
         options = dict(dtype=torch.float32, trust_remote_code=False, output_loading_info=True)
         model, info = model_class.from_pretrained(path, config=config, **options)
     body = model.base_model_prefix
@@ -378,9 +374,7 @@ def make_query(tokenizer, head: str, body: str, tail: str, max_tokens: int) -> t
 
 
 def tokenize_post(args, row: dict, tokenizer) -> dict:
-    """A raw post -> `id`; `query`, `reference` (text); `query_tokens` (ids); `tokens` (ids of query and reference, EOS
-    last); `problem` (why the row cannot be used, or "").
-    """
+    """A raw post -> id; query, reference (texts); query_tokens, tokens (ids; of both, EOS last); problem ("": none)."""
     post = {"id": "" if row.get("id") is None else str(row["id"]).strip(), "problem": ""}
     for name in ("subreddit", "title", "post", "summary"):
         text = row.get(name)
@@ -405,7 +399,7 @@ def tokenize_post(args, row: dict, tokenizer) -> dict:
 
 
 def load_posts(args, split: str, tokenizer, accelerator: Accelerator) -> list[dict]:
-    """One split of posts, formatted and tokenized (see `tokenize_post`); unusable rows are named and left out."""
+    """One split of posts, formatted and tokenized (see `tokenize_post`); unusable rows are counted and left out."""
     # Detail 1 (specification): the columns and splits of the paper's TL;DR set.
     rows = read_rows(args.query_dataset, split, ["id", "subreddit", "title", "post", "summary"], "--query_dataset")
     posts = [tokenize_post(args, row, tokenizer) for row in rows]
@@ -431,8 +425,7 @@ def keep_usable(rows: list[dict], where: str, accelerator: Accelerator) -> list[
 
 def micro_batches(args, accelerator: Accelerator, rows: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
     """Cut the row numbers of a global batch into micro-batches of similar length; return those of this process."""
-    # Similar lengths need little padding. The longest come first, so that a lack of memory shows at once. The order
-    # does not change the gradient, since the loss is normalised over the global batch.
+    # Similar lengths need little padding. The longest come first, so that a lack of memory shows at once.
     rows = rows[np.argsort(-lengths[rows], kind="stable")]
     cuts = range(args.local_micro_batch_size, len(rows), args.local_micro_batch_size)
     return np.split(rows, cuts)[accelerator.process_index :: accelerator.num_processes]
@@ -464,7 +457,7 @@ def explain(message: str):
 
 @contextmanager
 def atomic(path: str):
-    """Yield a temporary path for a file or a folder; at the end it is renamed to `path`, after an error removed."""
+    """Yield a temporary path for a file or folder, renamed to `path` at the end. A folder is removed after an error."""
     temporary = f"{path}.tmp"
     try:
         with explain(f"{path} cannot be written: make room, then continue with --resume"):
@@ -643,7 +636,7 @@ def main():
     positions = max(args.max_query_response_length, (args.max_query_length + args.response_length) * args.run_eval)
     model = load_causal_lm(path, tokenizer, positions, "--base_model")
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable()
     # A digest of token ids and of some initial weights: a resumed run must start from the same.
     arrays = [post["tokens"] for post in posts]
     arrays += [parameter.detach().flatten()[:1000].numpy() for parameter in model.parameters()]
@@ -654,9 +647,8 @@ def main():
 
     # 3. Train, save, evaluate.
     done = start_run(args, accelerator, record, batch_size, digest)
-    started = time.time()
     train(args, accelerator, model, optimizer, tokenizer.pad_token_id, posts, batch_size, range(done, num_updates))
-    summary = {"updates": num_updates, "episodes": num_updates * batch_size, "time/total": time.time() - started}
+    summary = {"updates": num_updates, "episodes": num_updates * batch_size}
     if num_updates > 0 and accelerator.is_main_process:
         tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # saved only if it is in both
         with atomic(f"{args.output_dir}/model") as temporary:
@@ -665,10 +657,9 @@ def main():
             for name in os.listdir(temporary):
                 os.chmod(f"{temporary}/{name}", 0o644)  # safetensors writes files that only their owner can read
     if args.run_eval:
-        started = time.time()
         results = evaluate(args, accelerator, model, tokenizer, eval_posts)
         log_metrics({"episode": summary["episodes"]} | results, args, accelerator)
-        summary |= results | {"time/eval": time.time() - started}
+        summary |= results
     if accelerator.is_main_process:
         text = json.dumps(summary, indent=2)
         write_text(f"{args.output_dir}/summary.json", text + "\n")

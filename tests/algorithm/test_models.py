@@ -167,7 +167,7 @@ def test_generate_has_the_logits_of_a_full_forward_pass(family, accelerator):
     with mock.patch.object(policy, "generate", generate):
         args = SimpleNamespace(response_length=R)
         found = ppo.sample_responses(args, accelerator, policy, tokenizer, family.queries, 1.0, size=4)
-    for i, (query, response) in enumerate(zip(family.queries, found["responses"].tolist(), strict=True)):
+    for i, (query, response) in enumerate(zip(family.queries, found.tolist(), strict=True)):
         n = response.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in response else R
         assert response[n:] == [tokenizer.pad_token_id] * (R - n) and tokenizer.pad_token_id not in response[:n]
         expected = alone(policy, query + response[:n])[len(query) - 1 : -1]
@@ -485,7 +485,7 @@ def test_pad_and_spare_rows_are_never_sampled(tmp_path, accelerator):
     for script in (sft, ppo):
         args = SimpleNamespace(response_length=30)
         found = script.sample_responses(args, accelerator, model, tokenizer, [[1, 2]] * 8, 1.0, size=3)
-        for row in found["responses"].tolist():
+        for row in found.tolist():
             text = [token for token in row if token != tokenizer.pad_token_id]
             assert row == text + [tokenizer.pad_token_id] * (30 - len(text)) and max(text) < tokenizer.pad_token_id
             assert len(text) == 30 or text[-1] == tokenizer.eos_token_id

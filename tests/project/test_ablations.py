@@ -126,7 +126,7 @@ def test_sft(models):
         assert int((logprobs != 0).sum()) == targets  # with EOS as pad token, the loss does not see EOS
         queries = list(torch.randint(5, 300, (40, 6), generator=torch.manual_seed(0)))
         found = module.sample_responses(args, accelerator, policy, tokenizer, queries, 1.0, 40)
-        assert 0 < (found["responses"] == EOS).any(1).sum() < 40  # EOS can be sampled: to stop is what is not learned
+        assert 0 < (found == EOS).any(1).sum() < 40  # EOS can be sampled: to stop is what is not learned
 
 
 def test_loading(models):
