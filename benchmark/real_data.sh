@@ -2,7 +2,7 @@
 # The pipeline on real data: OpenAI's TL;DR posts and comparisons, and SmolLM2-135M-Instruct as the base model.
 #
 #   TLDR_DIR=FOLDER SIZE=short bash benchmark/real_data.sh   # for trying out: 10 to 20 minutes on two cores
-#   TLDR_DIR=FOLDER bash benchmark/real_data.sh              # day: three and a half hours on two cores (an estimate)
+#   TLDR_DIR=FOLDER bash benchmark/real_data.sh              # day: three and a half hours on two cores
 #   TLDR_DIR=FOLDER SIZE=full bash benchmark/real_data.sh    # all posts, all pairs, 20,480 episodes: for a GPU
 #   TLDR_DIR=FOLDER SIZE=full EPISODES=4608 bash benchmark/real_data.sh   # an estimate: 15 minutes on an H200
 #
@@ -28,7 +28,7 @@ case $SIZE in
   # Those of full were the best of two for SFT (1e-4, 3e-5) and for the reward model (5e-5, 2e-5), by the loss on
   # validation. Cut queries leave time for more episodes, but with 224 tokens half of a post is lost on average, and
   # references and preferences are about all of it. At 5e-5 the reward model of day scored unfinished responses far above
-  # finished ones, and PPO's first updates lost EOS (results/real_day.md).
+  # finished ones, and PPO's first updates lost EOS (results/real_day_first.md).
   short) sft="--total_episodes 32 --lr 1e-4"; rm="--total_episodes 32 --lr 5e-5 --normalization_rows 8"
          episodes=16; lr=1e-5; rows=8; pairs=16; batch=8; micro=4; ppo_micro=4; query=128; half=500; every=1 ;;
   day)   sft="--total_episodes 1200 --lr 1e-4"
