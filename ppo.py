@@ -695,7 +695,7 @@ def keep_usable(rows: list[dict], where: str, accelerator: Accelerator) -> list[
 
 def micro_batches(args, accelerator: Accelerator, rows: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
     """Cut the row numbers of a global batch into micro-batches of similar length; return those of this process."""
-    # Similar lengths need little padding. The longest come first, so that a lack of memory shows at once.
+    # Similar lengths need little padding, and the gradient is the same. Longest first, to see a lack of memory at once.
     rows = rows[np.argsort(-lengths[rows], kind="stable")]
     cuts = range(args.local_micro_batch_size, len(rows), args.local_micro_batch_size)
     return np.split(rows, cuts)[accelerator.process_index :: accelerator.num_processes]
