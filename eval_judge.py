@@ -141,8 +141,9 @@ def make_questions(samples: dict[str, Rows], template: str, args: Args) -> dict[
 
 # ---- Asking the judge ------------------------------------------------------------------------------------------------
 # What servers call a post that they will not read: too long, or barred by a content filter.
-REFUSALS = ("context_length", "context length", "content_filter", "content_policy", "content management policy")
-# What to do about an HTTP status that every other question would get as well.
+REFUSALS = ("context_length", "context length", "context size", "prompt is too long")
+REFUSALS += ("content_filter", "content_policy", "content management policy", "usage policy", "flagged")
+# What to do about any other HTTP status: the next question would most likely get it as well.
 HINTS = {
     400: "check the model; None leaves out --judge_temperature, --judge_max_tokens or --judge_seed",
     401: "set the key in the environment variable that --judge_key_variable names",
@@ -208,7 +209,7 @@ class Judge:
         """What went wrong, where this post alone is to blame; JudgeError where the other questions would fail alike."""
         text = self.one_line(error)
         status = getattr(error, "status_code", None)
-        if status in (400, 413, 422) and any(word in f"{error.code} {text}".lower() for word in REFUSALS):
+        if status in (400, 403, 413, 422) and any(word in f"{error.code} {text}".lower() for word in REFUSALS):
             self.count_reply(text)
             return text
         if status is not None and 400 <= status < 500 and status not in (408, 409, 429):
@@ -256,10 +257,10 @@ class Judge:
             try:
                 reply, reason = await self.complete(prompt)
                 verdict |= {"reply": reply, "finish_reason": reason, "error": None, "tries": tries}
-                letter = read_verdict(reply)
+                letter = None if reason == "length" else read_verdict(reply)  # cut off: it may be still thinking
                 prompt = question + REMINDER.format(number=tries)
             except self.openai.APIError as error:
-                # What may pass, such as a rate limit, the client has waited for. The next run asks this question again.
+                # The client has tried again what may pass, such as a rate limit. The next run asks this question anew.
                 return verdict | {"error": self.blame(error, replies), "tries": tries}
             except ValueError as error:
                 verdict |= {"error": self.one_line(error), "tries": tries}
@@ -324,7 +325,7 @@ def read_verdict(reply: str) -> Optional[str]:
     reply = re.sub(SPECIAL_TOKENS, "", reply)
     reply = re.sub(r"""[*_`"'“”‘’\[\]{}<>#\\]|\((?=[AB]\))|(?<=\([AB])\)""", "", reply).strip()
     # A claim ends with its line, or where the next one begins.
-    label = r"(?<!not )(?<!less )\bpreferred(?: summary| option)?\s*(?:[:=]|is\b)\s*"
+    label = r"(?<!not )(?<!less )(?<!least )\bpreferred(?: summary| option)?\s*(?:[:=]|is\b)\s*"
     claims = re.findall(label + r"((?:(?!\bpreferred\b).)*)", reply, re.IGNORECASE)
     letters = [read_letter(claim.strip(), True) for claim in claims] or [read_letter(reply, False)]
     # The last line counts, as an earlier one may repeat the instructions; but two that disagree are no verdict.
@@ -390,9 +391,11 @@ def fit_logistic(x: np.ndarray, y: np.ndarray) -> tuple[Optional[float], Optiona
     return float(fit.intercept_[0]), float(fit.coef_[0, 0]), ""
 
 
-def equal_length_interval(x: np.ndarray, y: np.ndarray, intercept: float, slope: float) -> list[float]:
+def equal_length_interval(x: np.ndarray, y: np.ndarray, intercept: float, slope: float):
     """95% Wald interval of sigmoid(intercept), the win rate at equal length. The variance is the sandwich estimate: that
-    of the fit alone takes scores for wins and losses, and is too large where there are ties."""
+    of the fit alone takes scores for wins and losses, and is too large where there are ties. None if all are ties."""
+    if np.ptp(y) == 0:
+        return None
     p = 1 / (1 + np.exp(-(intercept + slope * x)))  # (n,)
     features = np.stack([np.ones(len(x)), x])  # (2, n)
     bread = np.linalg.inv((features * p * (1 - p)) @ features.T)  # (2, 2), the inverse Fisher information

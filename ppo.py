@@ -214,6 +214,9 @@ def sample_responses(args, accelerator, policy, tokenizer, query_tokens: list, t
 
     def sample(input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """(B, V) -> 1 at a token sampled from these logits, 0 elsewhere: `generate` takes the token with the 1."""
+        # Never an id that stands for no text: [PAD], which would look like the end of a response; spare embedding rows.
+        logits[:, tokenizer.pad_token_id] = -math.inf
+        logits[:, len(tokenizer) :] = -math.inf
         # By the inverse CDF. `torch.multinomial` draws a random number for every id: 40% of a CPU's sampling time.
         cdf = torch.softmax(logits / (temperature + 1e-7), dim=-1).double().cumsum(-1)  # (B, V)
         uniform = torch.rand(len(cdf), 1, dtype=torch.double, device=cdf.device) * cdf[:, -1:]  # (B, 1)
@@ -226,8 +229,6 @@ def sample_responses(args, accelerator, policy, tokenizer, query_tokens: list, t
         max_new_tokens=args.response_length,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        # Ids that stand for no text: [PAD], which would look like the end of a response, and spare embedding rows.
-        suppress_tokens=[tokenizer.pad_token_id, *range(len(tokenizer), policy.config.vocab_size)],
     )
     responses = []
     for start in range(0, len(query_tokens), size):
@@ -376,7 +377,7 @@ def ppo_update(args, accelerator: Accelerator, model, optimizer, batch: dict, up
                 with accelerator.accumulate(model):
                     output = model(micro_batch["queries"], micro_batch["responses"], args.temperature)
                     loss, stats = ppo_loss(args, micro_batch, *output, num_tokens, num_values)
-                    # Divided by the global count already: undo accelerate's division by steps and processes.
+                    # Divided by the global count already: undo the engine's division by steps and processes.
                     accelerator.backward(loss * args.gradient_accumulation_steps * accelerator.num_processes)
                     if accelerator.sync_gradients:  # the norm of the whole gradient; nothing is clipped (Detail 20)
                         grad_norms.append(float(accelerator.clip_grad_norm_(model.parameters(), math.inf)))
@@ -507,9 +508,10 @@ def load_model(model_class, path: str, tokenizer, positions: int, flag: str, **n
         config._attn_implementation = None  # ignore the saved one: transformers chooses the kernel
         # Detail 7 (dropout off): with dropout, every forward pass gives other logprobs: the KL penalty is noise and
         # PPO's first ratios are not 1. Set in the config, from which GPT-NeoX's attention reads it.
-        for name, value in config.to_dict().items():
-            if ("dropout" in name or name.endswith(("pdrop", "jitter_noise"))) and isinstance(value, (int, float)):
-                setattr(config, name, 0.0)
+        for part in (config, *(getattr(config, name) or config for name in config.sub_configs)):
+            for name, value in part.to_dict().items():
+                if re.search("dropout|pdrop|layerdrop|jitter_noise", name) and isinstance(value, (int, float)):
+                    setattr(part, name, 0.0)
         # Detail 8 (fp32 masters): Pythia's checkpoints are fp16, in which most updates at lr 3e-6 are rounded away.
         options = dict(dtype=torch.float32, trust_remote_code=False, output_loading_info=True)
         model, info = model_class.from_pretrained(path, config=config, **options)
@@ -562,7 +564,7 @@ def load_classifier(path: str, tokenizer, positions: int, flag: str, **new_head)
         fail(f"{flag} {path}: {model.num_labels} labels, or no head named score; needed is a classifier with one label")
     if not isinstance(offset, float) or not math.isfinite(offset):
         fail(f"{flag} {path}: normalization_offset is {offset!r}, not a finite float")
-    if "score.bias" in unexpected:  # other trainers save a bias, which transformers drops without a word
+    if "score.bias" in unexpected:  # other trainers save a bias, which transformers drops
         biased = nn.ModuleDict({"score": nn.Linear(model.score.in_features, 1)})
         load_checkpoint_in_model(biased, path if os.path.isdir(path) else snapshot_download(path), strict=False)
         offset -= biased["score"].bias.item()
@@ -572,10 +574,10 @@ def load_classifier(path: str, tokenizer, positions: int, flag: str, **new_head)
 
 # ---- Data: raw posts -> queries as token ids -------------------------------------------------------------------------
 def read_rows(source: str, split: str, columns: list[str], flag: str) -> list[dict]:
-    """One split of a hub data set, a folder of `save_to_disk`, or a folder of SPLIT.parquet, .jsonl, .csv or shards."""
+    """One split of a hub data set, a `DatasetDict` on disk, or a folder of SPLIT.parquet, .jsonl, .csv or shards."""
     where = f"{flag} {source}, {split}"
     if not os.path.isdir(source) or os.path.exists(f"{source}/dataset_dict.json"):
-        with explain(f"{where}: no such folder, and not on the hub"):
+        with explain(f"{where}: cannot be loaded from disk or the hub"):
             data = load_from_disk(source)[split] if os.path.isdir(source) else load_dataset(source, split=split)
             return list(data.select_columns([name for name in data.column_names if name in columns]))
     # Not by `datasets`, which takes some folder names for patterns and whose cache misses some changes of a file.
@@ -881,7 +883,7 @@ def open_run(args, accelerator: Accelerator, batch_size: int) -> dict:
             record["finished"] = "summary.json" in names
     record = broadcast_object_list([record])[0]
     if record.pop("finished"):
-        accelerator.print(f"{args.output_dir} holds a finished run: there is nothing left to do")
+        accelerator.print(f"{args.output_dir} holds a finished run, which stays as it is")
         raise SystemExit(0)
     if args.track:
         run = {"entity": args.wandb_entity, "name": f"{args.exp_name}__{args.seed}", "id": record["run_id"]}
@@ -931,8 +933,8 @@ def save_checkpoint(args, accelerator: Accelerator, update: int, num_updates: in
         accelerator.save_state(f"{folder}.tmp")
         accelerator.wait_for_everyone()
     for older in sorted(Path(folder).parent.glob("update_????????"))[: -args.keep] if main else []:
-        shutil.rmtree(older)
-    accelerator.wait_for_everyone()  # here for up to two hours; DeepSpeed's own exchanges time out after ten minutes
+        shutil.rmtree(older, ignore_errors=True)
+    accelerator.wait_for_everyone()  # here for up to two hours; DeepSpeed waits for ten minutes on GPUs
 
 
 def log_metrics(metrics: dict, args, accelerator: Accelerator):
@@ -989,6 +991,7 @@ def main():
     # Detail E (Adam): PyTorch adds eps after the bias correction, TensorFlow before: early steps differ.
     # Detail 20 (settings): eps 1e-5, weight decay 0.01, no gradient clipping, no entropy bonus.
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=args.eps, weight_decay=0.01, fused=True)
+    accelerator.wait_for_everyone()  # here for up to two hours; DeepSpeed, in `prepare`, for ten minutes on GPUs
     model, optimizer = accelerator.prepare(model, optimizer)
     # Loaded last: by now the trained networks have left CPU memory for the device.
     ref_policy = load_causal_lm(sft_path, tokenizer, positions, "--sft_model_path")
@@ -1005,11 +1008,12 @@ def main():
         with atomic(f"{args.output_dir}/model") as temporary:
             accelerator.unwrap_model(model).policy.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
-            for name in os.listdir(temporary):
-                os.chmod(f"{temporary}/{name}", 0o644)  # safetensors writes files that only their owner can read
+            for file in Path(temporary).glob("*.safetensors"):
+                file.chmod(0o644)  # safetensors writes files that only their owner can read
         last = json.loads(open(f"{args.output_dir}/metrics.jsonl", encoding="utf-8").readlines()[-1])
         summary |= {name: value for name, value in last.items() if name.startswith(("objective/", "val/"))}
     if args.run_eval:
+        accelerator.wait_for_everyone()  # for the model to be written
         results = evaluate(args, accelerator, nets, eval_posts)
         log_metrics({"episode": summary["episodes"]} | results, args, accelerator)
         summary |= results

@@ -18,7 +18,7 @@ Deliberate differences from the code of the paper (arXiv 2403.17031); the README
        normalisation offset is in config.json: score = output of a plain load - config.normalization_offset.
     2. Raw columns are read, formatted and tokenized here. Rows are padded on the right to the longest of their
        micro-batch, which holds pairs of similar length, without an attention mask, instead of to 638 tokens each.
-    3. All processes share the order of the data, so an epoch sees every pair once.
+    3. All processes share the order of the data, so an epoch sees no pair twice.
     4. The folder is complete in itself; the SFT folder is not needed to load it.
 
 How to read it: `train` is the training loop, and what it calls follows. Tags such as "Detail 11" refer to the table of
@@ -144,7 +144,7 @@ def train(args, accelerator: Accelerator, model, optimizer, pad_token_id: int, p
                 chosen, rejected = model(token_ids).chunk(2)  # (B / 2,) each
                 # Bradley-Terry: -log of the probability sigmoid(chosen - rejected) of the human choice.
                 losses = -F.logsigmoid(chosen - rejected)  # (B / 2,)
-                accelerator.backward(losses.mean())  # accelerate divides by steps and processes: a mean over the batch
+                accelerator.backward(losses.mean())  # the engine divides by steps and processes: a mean over the batch
                 if accelerator.sync_gradients:  # the norm of the whole gradient; nothing is clipped
                     grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), math.inf))
                 optimizer.step()
@@ -286,9 +286,10 @@ def load_model(model_class, path: str, tokenizer, positions: int, flag: str, **n
         config._attn_implementation = None  # ignore the saved one: transformers chooses the kernel
         # Detail 7 (dropout off): with dropout, every forward pass gives other logprobs: the KL penalty is noise and
         # PPO's first ratios are not 1. Set in the config, from which GPT-NeoX's attention reads it.
-        for name, value in config.to_dict().items():
-            if ("dropout" in name or name.endswith(("pdrop", "jitter_noise"))) and isinstance(value, (int, float)):
-                setattr(config, name, 0.0)
+        for part in (config, *(getattr(config, name) or config for name in config.sub_configs)):
+            for name, value in part.to_dict().items():
+                if re.search("dropout|pdrop|layerdrop|jitter_noise", name) and isinstance(value, (int, float)):
+                    setattr(part, name, 0.0)
         # Detail 8 (fp32 masters): Pythia's checkpoints are fp16, in which most updates at lr 3e-6 are rounded away.
         options = dict(dtype=torch.float32, trust_remote_code=False, output_loading_info=True)
         model, info = model_class.from_pretrained(path, config=config, **options)
@@ -325,7 +326,7 @@ def load_classifier(path: str, tokenizer, positions: int, flag: str, **new_head)
         fail(f"{flag} {path}: {model.num_labels} labels, or no head named score; needed is a classifier with one label")
     if not isinstance(offset, float) or not math.isfinite(offset):
         fail(f"{flag} {path}: normalization_offset is {offset!r}, not a finite float")
-    if "score.bias" in unexpected:  # other trainers save a bias, which transformers drops without a word
+    if "score.bias" in unexpected:  # other trainers save a bias, which transformers drops
         biased = nn.ModuleDict({"score": nn.Linear(model.score.in_features, 1)})
         load_checkpoint_in_model(biased, path if os.path.isdir(path) else snapshot_download(path), strict=False)
         offset -= biased["score"].bias.item()
@@ -335,10 +336,10 @@ def load_classifier(path: str, tokenizer, positions: int, flag: str, **new_head)
 
 # ---- Data: raw posts -> queries as token ids -------------------------------------------------------------------------
 def read_rows(source: str, split: str, columns: list[str], flag: str) -> list[dict]:
-    """One split of a hub data set, a folder of `save_to_disk`, or a folder of SPLIT.parquet, .jsonl, .csv or shards."""
+    """One split of a hub data set, a `DatasetDict` on disk, or a folder of SPLIT.parquet, .jsonl, .csv or shards."""
     where = f"{flag} {source}, {split}"
     if not os.path.isdir(source) or os.path.exists(f"{source}/dataset_dict.json"):
-        with explain(f"{where}: no such folder, and not on the hub"):
+        with explain(f"{where}: cannot be loaded from disk or the hub"):
             data = load_from_disk(source)[split] if os.path.isdir(source) else load_dataset(source, split=split)
             return list(data.select_columns([name for name in data.column_names if name in columns]))
     # Not by `datasets`, which takes some folder names for patterns and whose cache misses some changes of a file.
@@ -663,7 +664,7 @@ def open_run(args, accelerator: Accelerator, batch_size: int) -> dict:
             record["finished"] = "summary.json" in names
     record = broadcast_object_list([record])[0]
     if record.pop("finished"):
-        accelerator.print(f"{args.output_dir} holds a finished run: there is nothing left to do")
+        accelerator.print(f"{args.output_dir} holds a finished run, which stays as it is")
         raise SystemExit(0)
     if args.track:
         run = {"entity": args.wandb_entity, "name": f"{args.exp_name}__{args.seed}", "id": record["run_id"]}
@@ -713,8 +714,8 @@ def save_checkpoint(args, accelerator: Accelerator, update: int, num_updates: in
         accelerator.save_state(f"{folder}.tmp")
         accelerator.wait_for_everyone()
     for older in sorted(Path(folder).parent.glob("update_????????"))[: -args.keep] if main else []:
-        shutil.rmtree(older)
-    accelerator.wait_for_everyone()  # here for up to two hours; DeepSpeed's own exchanges time out after ten minutes
+        shutil.rmtree(older, ignore_errors=True)
+    accelerator.wait_for_everyone()  # here for up to two hours; DeepSpeed waits for ten minutes on GPUs
 
 
 def log_metrics(metrics: dict, args, accelerator: Accelerator):
@@ -738,9 +739,8 @@ def main():
     record = open_run(args, accelerator, batch_size)
     torch.manual_seed(args.seed)
     flag = "--reward_model_path" if args.reward_model_path else "--sft_model_path"
-    path = args.reward_model_path or args.sft_model_path
-    if os.path.isdir(f"{path}/model"):  # the output folder of a run
-        path = f"{path}/model"
+    path = args.reward_model_path or args.sft_model_path  # a model, or the output folder of a run
+    path = f"{path}/model" if os.path.isdir(f"{path}/model") else path
     tokenizer = load_tokenizer(path, flag)
     only_evaluate = args.total_episodes == 0
     longest = args.max_query_response_length
@@ -766,6 +766,7 @@ def main():
     digest = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
     # Detail 10 (settings): AdamW with eps 1e-5, PyTorch's weight decay of 0.01, no warm-up, no gradient clipping.
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=args.eps, weight_decay=0.01, fused=True)
+    accelerator.wait_for_everyone()  # here for up to two hours; DeepSpeed, in `prepare`, for ten minutes on GPUs
     model, optimizer = accelerator.prepare(model, optimizer)
 
     # 3. Train, normalise, save, evaluate.
@@ -776,15 +777,14 @@ def main():
     config = model.classifier.config
     if new_offset:
         normalize(args, accelerator, model, tokenizer.pad_token_id, posts)
-    summary["normalization_offset"] = config.normalization_offset
-    summary["normalization_rows"] = getattr(config, "normalization_rows", None)
+    summary |= {name: getattr(config, name, None) for name in ("normalization_offset", "normalization_rows")}
     if num_updates > 0 and accelerator.is_main_process:
         tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "right"  # saved only if it is in both
         with atomic(f"{args.output_dir}/model") as temporary:
             model.classifier.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
-            for name in os.listdir(temporary):
-                os.chmod(f"{temporary}/{name}", 0o644)  # safetensors writes files that only their owner can read
+            for file in Path(temporary).glob("*.safetensors"):
+                file.chmod(0o644)  # safetensors writes files that only their owner can read
     if args.run_eval:
         results = evaluate(args, accelerator, model, tokenizer.pad_token_id, *evaluation)
         log_metrics({"episode": summary["episodes"]} | results, args, accelerator)

@@ -134,7 +134,7 @@ def train(args, accelerator: Accelerator, model, optimizer, pad_token_id: int, p
             with accelerator.accumulate(model):
                 logprobs = target_logprobs(accelerator, model, [posts[i] for i in mine], pad_token_id)
                 loss = -logprobs.sum() / num_targets
-                # Divided by the global count already: undo accelerate's division by steps and processes.
+                # Divided by the global count already: undo the engine's division by steps and processes.
                 accelerator.backward(loss * args.gradient_accumulation_steps * accelerator.num_processes)
                 if accelerator.sync_gradients:  # the norm of the whole gradient; nothing is clipped
                     grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), math.inf))
@@ -173,6 +173,9 @@ def sample_responses(args, accelerator, policy, tokenizer, query_tokens: list, t
 
     def sample(input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """(B, V) -> 1 at a token sampled from these logits, 0 elsewhere: `generate` takes the token with the 1."""
+        # Never an id that stands for no text: [PAD], which would look like the end of a response; spare embedding rows.
+        logits[:, tokenizer.pad_token_id] = -math.inf
+        logits[:, len(tokenizer) :] = -math.inf
         # By the inverse CDF. `torch.multinomial` draws a random number for every id: 40% of a CPU's sampling time.
         cdf = torch.softmax(logits / (temperature + 1e-7), dim=-1).double().cumsum(-1)  # (B, V)
         uniform = torch.rand(len(cdf), 1, dtype=torch.double, device=cdf.device) * cdf[:, -1:]  # (B, 1)
@@ -185,8 +188,6 @@ def sample_responses(args, accelerator, policy, tokenizer, query_tokens: list, t
         max_new_tokens=args.response_length,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        # Ids that stand for no text: [PAD], which would look like the end of a response, and spare embedding rows.
-        suppress_tokens=[tokenizer.pad_token_id, *range(len(tokenizer), policy.config.vocab_size)],
     )
     responses = []
     for start in range(0, len(query_tokens), size):
@@ -253,9 +254,10 @@ def load_model(model_class, path: str, tokenizer, positions: int, flag: str, **n
         config._attn_implementation = None  # ignore the saved one: transformers chooses the kernel
         # Detail 7 (dropout off): with dropout, every forward pass gives other logprobs: the KL penalty is noise and
         # PPO's first ratios are not 1. Set in the config, from which GPT-NeoX's attention reads it.
-        for name, value in config.to_dict().items():
-            if ("dropout" in name or name.endswith(("pdrop", "jitter_noise"))) and isinstance(value, (int, float)):
-                setattr(config, name, 0.0)
+        for part in (config, *(getattr(config, name) or config for name in config.sub_configs)):
+            for name, value in part.to_dict().items():
+                if re.search("dropout|pdrop|layerdrop|jitter_noise", name) and isinstance(value, (int, float)):
+                    setattr(part, name, 0.0)
         # Detail 8 (fp32 masters): Pythia's checkpoints are fp16, in which most updates at lr 3e-6 are rounded away.
         options = dict(dtype=torch.float32, trust_remote_code=False, output_loading_info=True)
         model, info = model_class.from_pretrained(path, config=config, **options)
@@ -302,10 +304,10 @@ def load_causal_lm(path: str, tokenizer, positions: int, flag: str):
 
 # ---- Data: raw posts -> queries as token ids -------------------------------------------------------------------------
 def read_rows(source: str, split: str, columns: list[str], flag: str) -> list[dict]:
-    """One split of a hub data set, a folder of `save_to_disk`, or a folder of SPLIT.parquet, .jsonl, .csv or shards."""
+    """One split of a hub data set, a `DatasetDict` on disk, or a folder of SPLIT.parquet, .jsonl, .csv or shards."""
     where = f"{flag} {source}, {split}"
     if not os.path.isdir(source) or os.path.exists(f"{source}/dataset_dict.json"):
-        with explain(f"{where}: no such folder, and not on the hub"):
+        with explain(f"{where}: cannot be loaded from disk or the hub"):
             data = load_from_disk(source)[split] if os.path.isdir(source) else load_dataset(source, split=split)
             return list(data.select_columns([name for name in data.column_names if name in columns]))
     # Not by `datasets`, which takes some folder names for patterns and whose cache misses some changes of a file.
@@ -546,7 +548,7 @@ def open_run(args, accelerator: Accelerator, batch_size: int) -> dict:
             record["finished"] = "summary.json" in names
     record = broadcast_object_list([record])[0]
     if record.pop("finished"):
-        accelerator.print(f"{args.output_dir} holds a finished run: there is nothing left to do")
+        accelerator.print(f"{args.output_dir} holds a finished run, which stays as it is")
         raise SystemExit(0)
     if args.track:
         run = {"entity": args.wandb_entity, "name": f"{args.exp_name}__{args.seed}", "id": record["run_id"]}
@@ -596,8 +598,8 @@ def save_checkpoint(args, accelerator: Accelerator, update: int, num_updates: in
         accelerator.save_state(f"{folder}.tmp")
         accelerator.wait_for_everyone()
     for older in sorted(Path(folder).parent.glob("update_????????"))[: -args.keep] if main else []:
-        shutil.rmtree(older)
-    accelerator.wait_for_everyone()  # here for up to two hours; DeepSpeed's own exchanges time out after ten minutes
+        shutil.rmtree(older, ignore_errors=True)
+    accelerator.wait_for_everyone()  # here for up to two hours; DeepSpeed waits for ten minutes on GPUs
 
 
 def log_metrics(metrics: dict, args, accelerator: Accelerator):
@@ -643,6 +645,7 @@ def main():
     digest = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
     # Detail 9 (settings): AdamW with eps 1e-5, PyTorch's weight decay of 0.01, no warm-up, no gradient clipping.
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, eps=args.eps, weight_decay=0.01, fused=True)
+    accelerator.wait_for_everyone()  # here for up to two hours; DeepSpeed, in `prepare`, for ten minutes on GPUs
     model, optimizer = accelerator.prepare(model, optimizer)
 
     # 3. Train, save, evaluate.
@@ -654,8 +657,8 @@ def main():
         with atomic(f"{args.output_dir}/model") as temporary:
             accelerator.unwrap_model(model).save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
-            for name in os.listdir(temporary):
-                os.chmod(f"{temporary}/{name}", 0o644)  # safetensors writes files that only their owner can read
+            for file in Path(temporary).glob("*.safetensors"):
+                file.chmod(0o644)  # safetensors writes files that only their owner can read
     if args.run_eval:
         results = evaluate(args, accelerator, model, tokenizer, eval_posts)
         log_metrics({"episode": summary["episodes"]} | results, args, accelerator)

@@ -35,7 +35,7 @@ def draw_report(summary: dict, path: str):
     rival = (summary["against"] or "the references")[-48:]
     about = f"win rate against {rival}, judged by {summary['judge_model'][-48:]}".replace("$", r"\$")
     left.axvline(0.5, color="gray", linestyle="--", linewidth=1)
-    title = "Win rate: share of posts, 95% bootstrap interval"
+    title = "Win rate: share of posts, 95% interval"
     left.set(xlim=(0, 1), ylim=(-len(files) + 0.5, 0.7), yticks=[], xlabel=about, title=title)
     right.axhline(0.5, color="gray", linestyle="--", linewidth=1)
     right.axvline(0.0, color="gray", linestyle=":", linewidth=1)

@@ -33,8 +33,10 @@ def read_results(folder):
     # A later verdict on the same question replaces an unreadable one.
     verdicts = verdicts.drop_duplicates(["samples", "id", "response_was_shown_as"], keep="last")
     verdicts["won"] = verdicts.preferred.map({"response": 1.0, "reference": 0.0})  # NaN where it is unparsed
-    # A post with an unreadable order has no result.
-    return verdicts.groupby(["samples", "id"]).won.agg(lambda orders: orders.mean(skipna=False)).dropna()
+    # A post with an order that is unreadable, or not asked yet, has no result.
+    posts = verdicts.groupby(["samples", "id"]).won
+    complete = posts.count() == verdicts["order"].map({"both": 2, "random": 1}).max()
+    return posts.mean()[complete]
 
 
 def agreement(a: list[float], b: list[float]) -> dict:

@@ -66,7 +66,7 @@ class RewardJudge:
     def score(self, post: str, summary: str) -> float:
         """The model's score of the summary, read at the EOS token behind it."""
         text = f"{post} {summary}" if summary else post
-        ids = self.tokenizer(text).input_ids
+        ids = self.tokenizer(text, split_special_tokens=True).input_ids
         if ids[-1:] != [self.tokenizer.eos_token_id]:  # some tokenizers add it themselves
             ids.append(self.tokenizer.eos_token_id)
         if self.positions is not None and len(ids) > self.positions:

@@ -107,7 +107,7 @@ READABLE = {
           "Comparison: A is preferred: it is short. Preferred: A", "The preferred summary is A."],
     "B": ["B", "b.", "Preferred: B since it has the question", "Preferred: B)", "Preferred: B<end_of_turn>"],
     None: ["Not preferred: A", "Less preferred: A", "Preferred: A, it's a draw", "Preferred: A, hard to say",
-           "", " ", "A or B", "A\nB", "AB", "Abe", "I like A", "Both are good.", "Preferred:", "Preferred: A or B",
+           "Least preferred: A", "", " ", "A or B", "A\nB", "AB", "Abe", "I like A", "Both are good.", "Preferred:", "Preferred: A or B",
            "Preferred: A/B", "Preferred: Neither", "Preferred: C", "Preferred: A and B are equal", "Preferred: A?",
            "A comparison shows that both are good", "Preferred: A comparison is hard", "Preferred: A\nPreferred: B",
            "Preferred: A. Preferred: B", "Preferred: A, but B is close", "Preferred: A - or B", "Preferred: not A",
@@ -163,6 +163,7 @@ def test_logistic_fit_is_where_the_likelihood_is_flat_or_not_at_all():
         assert nothing == [None, None] and "overlap" in why
     assert ej.fit_logistic(np.zeros(3), np.array([0, 1, 0.5]))[0] is ej.fit_logistic(x[:0], x[:0])[0] is None
     assert ej.fit_logistic(x, np.full(4, 0.5))[:2] == pytest.approx((0, 0), abs=1e-6)  # ties only: half everywhere
+    assert ej.equal_length_interval(x, np.full(4, 0.5), 0, 0) is None  # and no spread that could tell an interval
     assert 0 < ej.fit_logistic(x, np.array([0, 1, 0, 1.0]))[1] < np.inf  # the smallest overlap has a fit
 
 
@@ -404,16 +405,17 @@ def test_posts_without_a_verdict_are_counted_and_asked_again_next_time(place):
     # One post that the server refuses and one that it fails on do not end the run either.
     place.out = place.folder / "refused"
     faults = {"1": Fault(400, error_body("too long", code="context_length_exceeded")), "2": Fault(500)}
+    faults["3"] = Fault(403, error_body("your input was flagged"))
     with FakeJudge(better, fault=lambda text, _: faults.get(text.split("TITLE: post ")[1][0]), delay=0.1) as server:
-        assert place.judge(server, "--max_retries", "1", "--concurrency", "4")["unparsed"] == 2
-        assert place.judge(server, "--max_retries", "1")["unparsed"] == 2  # not where there are no others to ask either
+        assert place.judge(server, "--max_retries", "1", "--concurrency", "4")["unparsed"] == 3
+        assert place.judge(server, "--max_retries", "1")["unparsed"] == 3  # not where there are no others to ask either
     errors = {(line["id"], line["error"][:15]) for line in place.lines() if line["preferred"] == "unparsed"}
-    assert errors == {("t3_1", "Error code: 400"), ("t3_2", "Error code: 500")}
+    assert errors == {("t3_1", "Error code: 400"), ("t3_2", "Error code: 500"), ("t3_3", "Error code: 403")}
 
 
 def test_a_judge_of_which_nothing_can_be_read_ends_the_run_early(place):
     place.write(make_rows(200))
-    cut_off = reply("Thinking about", finish_reason="length")
+    cut_off = reply("I may end with\nPreferred: A\nif", finish_reason="length")
     with FakeJudge(better, fault=lambda *_: cut_off) as server:
         line = place.stops(server)
         assert "--judge_max_tokens" in line and "'finish_reason': 'length'" in line and len(server.requests) < 80

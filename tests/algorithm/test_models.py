@@ -4,6 +4,7 @@ same models: one row at a time, no padding, no cache, all logits.
 """
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -41,10 +42,14 @@ FAMILIES = {
 
 def family_config(name, tokenizer):
     """A small config with every dropout at 0.1, and exactly as many rows in the embedding as the tokenizer has ids."""
-    dropout = {key: 0.1 for key in AutoConfig.for_model(name).to_dict() if "dropout" in key or key.endswith("pdrop")}
     options = dict(vocab_size=len(tokenizer), max_position_embeddings=POSITIONS, initializer_range=0.2)
     options |= dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=0, pad_token_id=None)
-    return AutoConfig.for_model(name, **options | dropout | FAMILIES[name])
+    config = AutoConfig.for_model(name, **options | FAMILIES[name])
+    for part in (config, getattr(config, "attn_config", config)):  # MPT has some of its settings there
+        for key in part.to_dict():
+            if re.search("dropout|pdrop|layerdrop", key):
+                setattr(part, key, 0.1)
+    return config
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +65,9 @@ def small(tmp_path_factory):
     torch.manual_seed(1)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(rm)
     tokenizer = AutoTokenizer.from_pretrained(lm)
-    tokenizer.save_pretrained(rm)
+    tokenizer.chat_template = {"default": "one", "other": "two"}  # the second is saved in a folder of its own
+    for folder in (lm, rm):
+        tokenizer.save_pretrained(folder)
     return SimpleNamespace(out=out, lm=lm, rm=rm, posts=posts, pairs=pairs, tokenizer=tokenizer)
 
 
@@ -182,8 +189,7 @@ def test_dropout_is_off(family):
             model.train()
             assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
         plain = AutoModelForCausalLM.from_pretrained(family.base).train()
-        has_dropout = any(value == 0.1 for key, value in plain.config.to_dict().items() if "drop" in key)
-        has_dropout = has_dropout and family.name != "mpt"  # which does not read these fields
+        has_dropout = re.search(r'drop\w*": 0.1', plain.config.to_json_string(use_diff=False)) is not None
         assert has_dropout != torch.equal(plain(input_ids=ids).logits, plain(input_ids=ids).logits)
 
 
@@ -264,6 +270,7 @@ def test_sft_updates(small):
     """Details 3 and 9: all tokens but the first are targets, EOS too."""
     out = small.out / "sft"
     run(sft, small, out, "--base_model", small.lm)
+    assert (out / "model/additional_chat_templates").stat().st_mode & 0o111, "a folder that cannot be entered"
     model = double(AutoModelForCausalLM, small.lm)
     adam = Adam(*model.parameters())
     for metrics, lr in zip(read_metrics(out), (1e-3, 5e-4), strict=True):  # half of a cosine

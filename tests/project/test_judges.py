@@ -105,7 +105,9 @@ def test_the_reward_judge_judges_by_the_score_at_eos(root, urls):
     tokenizer = AutoTokenizer.from_pretrained(root / "some-rm")
     model = AutoModelForSequenceClassification.from_pretrained(root / "some-rm").eval()
     for query, _, texts in comparisons(root):
-        rows = [tokenizer(f"{query} {text.strip()}").input_ids + [tokenizer.eos_token_id] for text in texts]
+        texts[0] += tokenizer.eos_token  # in a text it is no token, but characters
+        rows = [tokenizer(f"{query} {text.strip()}", split_special_tokens=True).input_ids for text in texts]
+        rows = [[*row, tokenizer.eos_token_id] for row in rows]
         with torch.no_grad():
             hidden = [model.base_model(torch.tensor([row])).last_hidden_state[0, -1] for row in rows]
             check_verdicts(urls, "reward", query, texts, [model.score(state).item() for state in hidden])
@@ -144,12 +146,13 @@ def test_bad_flags(root):
 
 
 def test_agreement_of_two_judges_by_hand(tmp_path):
-    """Three posts that both have judged, two of them alike; in the first folder one order could not be read."""
+    """Three posts that both have judged, two of them alike; in the first folder two orders have no verdict."""
     names = {"R": "response", "O": "reference", "?": "unparsed"}
-    for folder, answers in {"one": ["RR", "RR", "OO", "R?"], "two": ["RR", "RO", "OO", "RR"]}.items():
+    for folder, answers in {"one": ["RR", "RR", "OO", "R?", "R"], "two": ["RR", "RO", "OO", "RR", "RR"]}.items():
         rows = [(str(i), letter, names[a]) for i, both in enumerate(answers) for letter, a in zip("AB", both)]
         rows.insert(0, (*rows[0][:2], "unparsed"))  # a later verdict on the same question counts
-        table = pd.DataFrame(rows, columns=["id", "response_was_shown_as", "preferred"]).assign(samples="s.csv")
+        table = pd.DataFrame(rows, columns=["id", "response_was_shown_as", "preferred"])
+        table = table.assign(samples="s.csv", order="both")
         (tmp_path / folder).mkdir()
         table.to_json(tmp_path / folder / "verdicts.jsonl", orient="records", lines=True)
     found = json.loads(run_inside(judge_agreement, tmp_path / "one", tmp_path / "two").out)

@@ -280,7 +280,7 @@ def test_output_folder_that_cannot_be_one(flags, tmp_path):
 
 
 def test_output_folder_of_a_finished_run(flags, chain):
-    """--resume says that there is nothing left to do; other flags or no --resume are errors."""
+    """--resume leaves it as it is; other flags or no --resume are errors."""
     before = contents(chain.out.sft)
     words = ("sft", flags["sft"], "--run_eval", "--output_dir", chain.out.sft)
     assert "finished" in runner.run(*words, "--resume").out
