@@ -289,7 +289,7 @@ def load_model(model_class, path: str, tokenizer, positions: int, flag: str, **n
         for part in (config, *(getattr(config, name) or config for name in config.sub_configs)):
             for name, value in part.to_dict().items():
                 if re.search("dropout|pdrop|layerdrop|jitter_noise", name) and isinstance(value, (int, float)):
-                    setattr(part, name, 0.0)
+                    setattr(part, name, type(value)(0))
         # Detail 8 (fp32 masters): Pythia's checkpoints are fp16, in which most updates at lr 3e-6 are rounded away.
         options = dict(dtype=torch.float32, trust_remote_code=False, output_loading_info=True)
         model, info = model_class.from_pretrained(path, config=config, **options)

@@ -173,11 +173,12 @@ def sample_responses(args, accelerator, policy, tokenizer, query_tokens: list, t
 
     def sample(input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """(B, V) -> 1 at a token sampled from these logits, 0 elsewhere: `generate` takes the token with the 1."""
+        logits = logits / (temperature + 1e-7)
         # Never an id that stands for no text: [PAD], which would look like the end of a response; spare embedding rows.
         logits[:, tokenizer.pad_token_id] = -math.inf
         logits[:, len(tokenizer) :] = -math.inf
         # By the inverse CDF. `torch.multinomial` draws a random number for every id: 40% of a CPU's sampling time.
-        cdf = torch.softmax(logits / (temperature + 1e-7), dim=-1).double().cumsum(-1)  # (B, V)
+        cdf = torch.softmax(logits, dim=-1).double().cumsum(-1)  # (B, V)
         uniform = torch.rand(len(cdf), 1, dtype=torch.double, device=cdf.device) * cdf[:, -1:]  # (B, 1)
         tokens = torch.searchsorted(cdf, uniform, right=True).clamp(max=cdf.shape[1] - 1)  # (B, 1), in range if NaN too
         return torch.zeros_like(logits).scatter(1, tokens, 1.0)
@@ -257,7 +258,7 @@ def load_model(model_class, path: str, tokenizer, positions: int, flag: str, **n
         for part in (config, *(getattr(config, name) or config for name in config.sub_configs)):
             for name, value in part.to_dict().items():
                 if re.search("dropout|pdrop|layerdrop|jitter_noise", name) and isinstance(value, (int, float)):
-                    setattr(part, name, 0.0)
+                    setattr(part, name, type(value)(0))
         # Detail 8 (fp32 masters): Pythia's checkpoints are fp16, in which most updates at lr 3e-6 are rounded away.
         options = dict(dtype=torch.float32, trust_remote_code=False, output_loading_info=True)
         model, info = model_class.from_pretrained(path, config=config, **options)

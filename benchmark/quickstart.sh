@@ -4,11 +4,12 @@
 #   bash benchmark/quickstart.sh                 # under ten minutes on two cores, after the installation
 #   SEED=2 bash benchmark/quickstart.sh          # another seed of the training; OUT=FOLDER names another folder
 #   SIZE=smoke bash benchmark/quickstart.sh      # an easier world and less data: about two minutes, for tests
-#   PROCESSES=2 bash benchmark/quickstart.sh     # two processes under DeepSpeed ZeRO-2, with the same batches;
+#   PROCESSES=2 bash benchmark/quickstart.sh     # 2, 4 or 8 processes under DeepSpeed ZeRO-2, with the same batches;
 #                                                # CONFIG=FILE names another launcher configuration
+#   SPLIT=validation bash benchmark/quickstart.sh    # evaluates on the other split; WORLD=FOLDER names the world's folder
 #
-# Ends with a table and $OUT/judge/report.png. A stage that is complete is not repeated; an interrupted one continues.
-# SPLIT=validation evaluates on the other split (give it an OUT of its own); WORLD=FOLDER names the world's folder.
+# Ends with a table and $OUT/judge/report.png. A stage that is complete is not repeated, whatever the variables say now;
+# an interrupted one continues, but the judge, which takes seconds, begins anew.
 # The settings differ from the paper's in some flags, set below; benchmark/README.md says which and why.
 set -euo pipefail
 . "$(dirname "$0")/setup.sh"
@@ -16,10 +17,11 @@ set -euo pipefail
 SEED=${SEED:-1}
 SIZE=${SIZE:-full}
 PROCESSES=${PROCESSES:-1}
-OUT=${OUT:-runs/quickstart/$SIZE-seed$SEED-processes$PROCESSES}
+SPLIT=${SPLIT:-test}
+OUT=${OUT:-runs/quickstart/$SIZE-seed$SEED-processes$PROCESSES-$SPLIT}
+OUT=${OUT%-test}
 OUT=${OUT%-processes1}
 WORLD=${WORLD:-runs/quickstart/$SIZE-world}
-SPLIT=${SPLIT:-test}
 CONFIG=${CONFIG:-benchmark/accelerate/cpu_zero2.yaml}
 launch=(python)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # the matrices are too small for two threads to help
@@ -51,8 +53,9 @@ stage() {
 tiny=(--resume --seed "$SEED" --query_dataset "$WORLD/posts" --lr 2e-4 --eval_split "$SPLIT" --run_eval)
 tiny+=(--local_eval_batch_size 200)
 
-stage world "$WORLD" tiny_env.json \
-  python benchmark/tiny_world/tiny_env.py --output_dir "$WORLD" ${world[@]+"${world[@]}"}
+make_world=(python benchmark/tiny_world/tiny_env.py --output_dir "$WORLD" ${world[@]+"${world[@]}"})
+[ ! -e "$WORLD/tiny_env.json" ] || "${make_world[@]}" > /dev/null  # an error, if it is another world
+stage world "$WORLD" tiny_env.json "${make_world[@]}"
 stage sft "$OUT/sft" summary.json "${launch[@]}" sft.py "${tiny[@]}" --base_model "$WORLD/base_model" --warm_up_steps 50 \
   --total_episodes $sft_rows --local_micro_batch_size $((16 / PROCESSES)) --response_length 28 --output_dir "$OUT/sft"
 stage reward "$OUT/reward" summary.json "${launch[@]}" reward.py "${tiny[@]}" --sft_model_path "$OUT/sft" \

@@ -7,13 +7,11 @@ stamp=.venv/installed-$(sha256sum requirements.txt | cut -c1-16)
 if [ ! -e "$stamp" ]; then
   echo "== installing requirements.txt into .venv (once, a few minutes)"
   "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-    echo "error: python 3.11 or later is needed; name one with PYTHON=..." >&2; exit 2; }
-  "${PYTHON:-python3}" -m venv .venv
-  .venv/bin/pip install --quiet --upgrade pip
+    echo "error: python 3.11 or later is needed; name one with PYTHON=..." >&2; return 2; }
   # torch first: what it pulls in is large, and DeepSpeed's own installation looks for it.
-  .venv/bin/pip install --quiet "$(grep '^torch==' requirements.txt)"
-  .venv/bin/pip install --quiet -r requirements.txt
-  touch "$stamp"
+  "${PYTHON:-python3}" -m venv .venv && .venv/bin/pip install --quiet --upgrade pip &&
+    .venv/bin/pip install --quiet "$(grep '^torch==' requirements.txt)" &&
+    .venv/bin/pip install --quiet -r requirements.txt && touch "$stamp" || return 1
 fi
 . .venv/bin/activate
 
@@ -22,5 +20,5 @@ export TOKENIZERS_PARALLELISM=true TRANSFORMERS_VERBOSITY=error
 
 # attached COMMAND...: a command that gets SIGTERM when this shell is gone, by SIGKILL too (on Linux).
 attached() {
-  if command -v setpriv > /dev/null; then setpriv --pdeathsig TERM "$@"; else "$@"; fi
+  if setpriv --pdeathsig TERM true 2> /dev/null; then setpriv --pdeathsig TERM "$@"; else "$@"; fi
 }

@@ -2,7 +2,7 @@
 What is each implementation detail worth? Every diff in this folder against the unchanged scripts, seed by seed.
 
     python benchmark/ablations/ablate.py                          # all diffs, 16 seeds
-    python benchmark/ablations/ablate.py --only no_kl dropout     # some; the report is of all that have been run
+    python benchmark/ablations/ablate.py --only no_kl dropout     # some; the report is of all that have run
     python benchmark/ablations/ablate.py --only baseline --world_seed 2     # the unchanged scripts in another world
     python benchmark/ablations/ablate.py --smoke --seeds 1        # a small world, two updates of PPO
 
@@ -220,8 +220,9 @@ class Harness:
         # One thread per process, no network, no GPU.
         environment = dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", DS_ACCELERATOR="cpu")
         self.jobs = Jobs(**environment, TOKENIZERS_PARALLELISM="false")
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-        self.commit = commit.stdout.strip()  # of the scripts that are copied now
+        describe = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+        commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True)
+        self.commit = commit.stdout.strip()  # of the scripts that are copied now; "-dirty" if they are not committed
 
     def runs(self) -> list[dict]:
         """All runs that are recorded, of other worlds, kernels and splits too."""

@@ -52,7 +52,7 @@ def main():
         del config.quantization_config
     model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(quantised.state_dict())
-    temporary = f"{args.output_dir}.tmp"
+    temporary = f"{os.path.normpath(args.output_dir)}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)

@@ -4,8 +4,8 @@
 # stage_flags SIZE GPUS OUT SEED: sets the arrays `sft`, `reward` and `ppo` to script and flags, all folders under OUT.
 stage_flags() {
   local size=$1 gpus=$2 out=$3 seed=$4 largest rollout frozen=()
-  # The largest micro-batch of SFT, reward model and PPO that fits beside the optimizer states on GPUs of 80 GB, and the
-  # rollout batch. PPO's are the paper's.
+  # The largest micro-batch of SFT, reward model and PPO that should fit beside the optimizer states on GPUs of 80 GB (not
+  # measured), and the rollout batch. PPO's are the paper's.
   case $size in
     1b)   largest=(16 8 16); rollout=64 ;;
     2.8b) largest=(4 4 4);   rollout=32 ;;

@@ -126,6 +126,9 @@ def main():
     if other == "old" and args.algorithm != "ppo":
         print(f"error: --beside {args.beside}: an earlier commit is for --algorithm ppo", file=sys.stderr)
         raise SystemExit(2)
+    if args.batch % args.micro_batch:
+        print(f"error: --batch {args.batch} is no multiple of --micro_batch {args.micro_batch}", file=sys.stderr)
+        raise SystemExit(2)
     if other == "trl":
         subprocess.run(["bash", HERE / "peers/setup.sh", TRL[args.algorithm]], check=True)
     folder = args.work_dir.resolve() / f"inputs-{Path(args.shape).name}"  # removed, if it is there, and made anew

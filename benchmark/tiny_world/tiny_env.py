@@ -209,7 +209,7 @@ def gold_score(summary: str, facts: dict[str, str]) -> float:
     """How good a summary is, by the known facts of its post: {"who": "boss", "event": "lied", ...}.
 
     Words are runs of letters, digits and apostrophes, in lower case. A value word (one of the tables in SLOTS) states
-    its fact when the word before it is one of its slot's lead-ins. The score is the sum of
+    its fact when the word before it is its slot's lead-in. The score is the sum of
 
         + weight of the slot           for each right value (all six add up to 7.3)
         - (weight of the slot + 0.5)   for each wrong value: invented, or mentioned in the post but not its fact

@@ -179,6 +179,7 @@ def test_unusable_posts_are_named_and_counted(tokenizer, tmp_path, capsys):
     for row, (change, _) in zip(rows[1:], BAD_POSTS):
         row |= change
     rows[12]["id"] = 0
+    rows[2]["id"] = "0"  # an id is taken only by a row that can be used
     rows[-1]["id"] = rows[0]["id"]  # samples are joined by id
     write_rows(tmp_path / "train.jsonl", rows)
     for script in SCRIPTS:
@@ -365,6 +366,7 @@ def test_cnndm_pairs_come_from_their_split_or_from_their_batches(tmp_path, monke
     write_rows(tmp_path / "split" / "validation_cnndm.jsonl", news)
     write_rows(tmp_path / "batches" / "validation.jsonl", news[:4] + tldr + news[4:])
     write_rows(tmp_path / "none" / "validation.jsonl", tldr)
+    assert reward.CNNDM_LIMITS == (1919, 155, 2021)  # the paper's
     monkeypatch.setattr(reward, "CNNDM_LIMITS", (1919, 1500, 2021))
     both = DatasetDict(validation=Dataset.from_list(tldr), validation_cnndm=Dataset.from_list(news))
     both.save_to_disk(tmp_path / "disk")

@@ -107,8 +107,9 @@ READABLE = {
           "Comparison: A is preferred: it is short. Preferred: A", "The preferred summary is A."],
     "B": ["B", "b.", "Preferred: B since it has the question", "Preferred: B)", "Preferred: B<end_of_turn>"],
     None: ["Not preferred: A", "Less preferred: A", "Preferred: A, it's a draw", "Preferred: A, hard to say",
-           "Least preferred: A", "", " ", "A or B", "A\nB", "AB", "Abe", "I like A", "Both are good.", "Preferred:", "Preferred: A or B",
-           "Preferred: A/B", "Preferred: Neither", "Preferred: C", "Preferred: A and B are equal", "Preferred: A?",
+           "Least preferred: A", "", " ", "A or B", "A\nB", "AB", "Abe", "I like A", "Both are good.", "Preferred:",
+           "Preferred: A or B", "Preferred: A/B", "Preferred: Neither", "Preferred: C", "Preferred: A?",
+           "Preferred: A and B are equal",
            "A comparison shows that both are good", "Preferred: A comparison is hard", "Preferred: A\nPreferred: B",
            "Preferred: A. Preferred: B", "Preferred: A, but B is close", "Preferred: A - or B", "Preferred: not A",
            "Preferred: A, though neither is good", "<think>Preferred: A", "Preferred: <A or B>", "A: a long summary",
@@ -119,6 +120,11 @@ READABLE = {
 def test_a_reply_is_read_or_not_but_never_guessed():
     wrong = [text for letter, texts in READABLE.items() for text in texts if ej.read_verdict(text) != letter]
     assert wrong == []
+
+
+def test_a_post_with_an_unreadable_order_has_no_score():
+    found = [ej.post_score(list(orders)) for orders in (("response", "response"), ("response", "reference"))]
+    assert found == [1, 0.5] and ej.post_score(["response", None]) is ej.post_score(["unparsed", "reference"]) is None
 
 
 def test_prompt_has_the_post_and_the_summaries_under_their_headings_and_no_other_headings():
@@ -208,7 +214,10 @@ def test_two_files_give_the_figures_that_a_slow_count_gives(place):
         for name in ("response", "reference"):
             assert result[f"mean_{name}_length"] == pytest.approx(np.mean([len(row[name].split()) for row in rows]))
         assert result["win_rate_ci95"] == ej.bootstrap_interval(scores, 10000, 1)
-        assert sum(b["n"] for b in result["by_length"]) == 30
+        words = [[len(row[name].split()) for row in rows] for name in ("response", "reference")]
+        x = np.log(np.array(words[0]) / words[1])
+        assert result["by_length"] == ej.length_bins(x, scores) and result["losses"] == (scores == 0).sum()
+        assert result["length_controlled_win_rate"] == pytest.approx(1 / (1 + np.exp(-ej.fit_logistic(x, scores)[0])))
         low, high = result["length_controlled_ci95"]
         assert 0 <= low < result["length_controlled_win_rate"] < high <= 1
         assert ascii(path)[1:-1] + f": win_rate {round(scores.mean(), 3)}" in out and "Traceback" not in err
@@ -331,7 +340,7 @@ def test_what_is_sent_and_how_many_at_once(place):
     place.write(make_rows(8))
     (place.folder / "t.txt").write_text("Hello {you}.\n" + ej.TEMPLATE[ej.TEMPLATE.index("### Post") :])
     key = "sk-secret-0123456789"
-    with FakeJudge(better, key=key, delay=0.05) as server:
+    with FakeJudge(better, key=key, delay=0.3) as server:
         sent = ("--judge_temperature", "0.5", "--judge_max_tokens", "77", "--judge_seed", "5", "--concurrency", "3")
         sent += ("--judge_key_variable", "OTHER_KEY", "--template", place.folder / "t.txt")
         place.judge(server, *sent, OTHER_KEY=key + "\n")
@@ -475,6 +484,7 @@ def test_a_killed_or_interrupted_run_is_resumed_without_loss_or_double(place):
         for how, code, number in ((signal.SIGKILL, -9, 12), (signal.SIGINT, 130, 24)):
             process = start(*place.flags(server, "--concurrency", "2"))
             while len(place.lines()) < number:
+                assert process.poll() is None
                 time.sleep(0.02)
             assert "in use" in place.stops(server)  # by a second run in the same folder
             process.send_signal(how)
@@ -501,6 +511,7 @@ def test_verdicts_of_different_meaning_are_not_mixed_but_files_may_join(place):
     other = place.write(make_rows(4, tag="o", seed=3), "o.csv")
     (place.folder / "t.txt").write_text("Other words.\n" + ej.TEMPLATE)
     changes = {"judge_model": "m", "order": "random", "template": place.folder / "t.txt", "judge_temperature": "1"}
+    changes["judge_seed"] = "2"
     with FakeJudge(better) as server:
         first, before = place.judge(server), place.content()
         for flag, value in changes.items():

@@ -249,7 +249,8 @@ def test_minibatches_of_ppo():
     args, batch = ppo.Args(seed=3, num_mini_batches=4), {"responses": torch.zeros(24, 5)}
     drawn = [np.stack(ppo.draw_minibatches(args, batch, *place)) for place in [(0, 0), (0, 1), (1, 0), (1, 1)]]
     assert all(rows.shape == (4, 6) and sorted(rows.flat) == list(range(24)) for rows in drawn)
-    assert len({tuple(rows.flat) for rows in drawn}) == 4
+    drawn.append(np.stack(ppo.draw_minibatches(ppo.Args(seed=4, num_mini_batches=4), batch, 0, 0)))
+    assert len({tuple(rows.flat) for rows in drawn}) == 5
 
 
 # ---- What is reported ------------------------------------------------------------------------------------------------

@@ -3,12 +3,14 @@ What the scripts do with models: 26 families through all three stages, and what 
 same models: one row at a time, no padding, no cache, all logits.
 """
 
+import itertools
 import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from accelerate import DistributedType
@@ -41,14 +43,15 @@ FAMILIES = {
 
 
 def family_config(name, tokenizer):
-    """A small config with every dropout at 0.1, and exactly as many rows in the embedding as the tokenizer has ids."""
+    """A small config with every dropout at 0.1 (1 where transformers takes whole numbers only), and exactly as many
+    rows in the embedding as the tokenizer has ids."""
     options = dict(vocab_size=len(tokenizer), max_position_embeddings=POSITIONS, initializer_range=0.2)
     options |= dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=0, pad_token_id=None)
     config = AutoConfig.for_model(name, **options | FAMILIES[name])
     for part in (config, getattr(config, "attn_config", config)):  # MPT has some of its settings there
-        for key in part.to_dict():
+        for key, value in part.to_dict().items():
             if re.search("dropout|pdrop|layerdrop", key):
-                setattr(part, key, 0.1)
+                setattr(part, key, 1 if type(value) is int else 0.1)
     return config
 
 
@@ -182,15 +185,14 @@ def test_generate_has_the_logits_of_a_full_forward_pass(family, accelerator):
 
 
 def test_dropout_is_off(family):
-    """Detail 7: two forward passes in training mode are equal, in a folder whose config has every dropout at 0.1."""
+    """Detail 7: training mode changes nothing, in a folder whose config has every dropout above 0."""
     ids = torch.arange(2, 40)[None]
     with torch.no_grad():
         for model in (load_lm(family.base), load_lm(family.base, ppo), load_new_classifier(family.base)):
-            model.train()
-            assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
-        plain = AutoModelForCausalLM.from_pretrained(family.base).train()
-        has_dropout = re.search(r'drop\w*": 0.1', plain.config.to_json_string(use_diff=False)) is not None
-        assert has_dropout != torch.equal(plain(input_ids=ids).logits, plain(input_ids=ids).logits)
+            assert torch.equal(model.train()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+        plain = AutoModelForCausalLM.from_pretrained(family.base)
+        has_dropout = re.search(r'drop\w*": (0.1|1\b)', plain.config.to_json_string(use_diff=False)) is not None
+        assert has_dropout != torch.equal(plain.train()(input_ids=ids).logits, plain.eval()(input_ids=ids).logits)
 
 
 # ---- Two updates, computed independently -----------------------------------------------------------------------------
@@ -324,12 +326,16 @@ def test_ppo_updates(small):
     """Two updates of two epochs of two minibatches; only the responses and the order of rows are the script's."""
     taken = []
     update = mock.patch.object(ppo, "ppo_update", lambda *inputs: taken.append(inputs) or original(*inputs))
+    sampling = mock.patch.object(ppo, "sample_responses", mock.Mock(side_effect=ppo.sample_responses))
+    moving = mock.patch.object(ppo, "move_frozen", mock.Mock(side_effect=ppo.move_frozen))
     original = ppo.ppo_update
     flags = ("--sft_model_path", small.lm, "--reward_model_path", small.rm, "--response_length", 8, "--kl_coef", 0.3)
     flags += ("--local_micro_batch_size", 2, "--num_mini_batches", 2, "--num_ppo_epochs", 2, "--seed", 1)
-    flags += ("--cliprange_value", 0.05)
-    with update:
+    flags += ("--cliprange_value", 0.05, "--offload")
+    with update, sampling as sample, moving as move:
         run(ppo, small, small.out / "ppo", *flags)
+    assert [call.args[5] for call in sample.call_args_list] == [0.7, 0.7]
+    assert [call.args[3] for call in move.call_args_list] == [torch.device("cpu"), "cpu"] * 2  # the device, then memory
     policy, reference = [double(AutoModelForCausalLM, small.lm) for _ in range(2)]
     value_model, reward_model = [double(AutoModelForSequenceClassification, small.rm) for _ in range(2)]
     bias = torch.tensor([-0.37], dtype=torch.float64, requires_grad=True)  # Detail 22, and trained
@@ -387,6 +393,7 @@ def test_ppo_updates(small):
         found = [metrics[number][f"loss/{name}_avg"] for name in ("policy", "value")]
         assert found + [metrics[number][f"objective/{name}"] for name in names] == pytest.approx(expected, abs=1e-4)
         assert found == pytest.approx(expected[:2], abs=1e-5)
+        assert metrics[number]["val/eos_share"] == np.mean([0 in response for _, response in rows])
         assert metrics[number]["policy/clipfrac_avg"] > 0 and metrics[number]["val/clipfrac_avg"] > 0
     assert seen == {True, False} and abs(kl) > 0.01  # with and without EOS; the policy has left the reference
     expected = {f"policy.{name}": p for name, p in policy.state_dict().items()}
@@ -496,6 +503,26 @@ def test_pad_and_spare_rows_are_never_sampled(tmp_path, accelerator):
             text = [token for token in row if token != tokenizer.pad_token_id]
             assert row == text + [tokenizer.pad_token_id] * (30 - len(text)) and max(text) < tokenizer.pad_token_id
             assert len(text) == 30 or text[-1] == tokenizer.eos_token_id
+        # The first token of many responses, against the distribution at the temperature: five standard deviations.
+        n, args = 20_000, SimpleNamespace(response_length=1)
+        found = script.sample_responses(args, accelerator, model, tokenizer, [[1, 2]] * n, 0.7, size=n).flatten()
+        logits = model(input_ids=torch.tensor([[1, 2]])).logits[0, -1, : tokenizer.pad_token_id]
+        p = torch.softmax(logits / 0.7, dim=0)
+        share = torch.bincount(found, minlength=len(p)) / n
+        assert ((share - p).abs() < 5 * (p * (1 - p) / n).sqrt() + 1 / n).all() and p.max() > 0.05
+
+
+def test_sampling_seeds_differ_by_seed_process_and_update():
+    """Detail S. `rollout` is stopped where it would sample."""
+    nets = SimpleNamespace(model=mock.MagicMock(), tokenizer=SimpleNamespace(pad_token_id=0))
+    seeds = set()
+    for seed, process, update in itertools.product((1, 2), (0, 1), (0, 1)):
+        accelerator = SimpleNamespace(process_index=process, unwrap_model=lambda model: model)
+        args = ppo.Args(seed=seed)
+        with mock.patch.object(ppo, "sample_responses", side_effect=InterruptedError), pytest.raises(InterruptedError):
+            ppo.rollout(args, accelerator, nets, [], update)
+        seeds.add(torch.initial_seed())
+    assert len(seeds) == 8
 
 
 def test_a_frozen_model_in_bf16_keeps_its_rotary_frequencies():

@@ -3,11 +3,13 @@ Runs sft.py, reward.py and ppo.py for the tests: as a command, or in a fork of a
 which spares each run ten seconds. A fork is a process like any other: it can be killed, signalled, and be one of two.
 """
 
+import contextlib
 import ctypes
 import faulthandler
 import importlib
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import sys
@@ -166,7 +168,10 @@ def words(flags):
     return [str(word) for word in found if word is not None]
 
 
-def free_port():
+def free_port(among=(0,)):
+    """One that is free: any, or at random among these."""
     with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+        for port in random.sample(among, len(among)):
+            with contextlib.suppress(OSError):
+                free.bind(("127.0.0.1", port))
+                return free.getsockname()[1]

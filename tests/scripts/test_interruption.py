@@ -5,12 +5,13 @@ leaves behind is, bit for bit, what a run that nothing stopped leaves behind, wa
 benchmark/systems/kill.py kills real launches at random moments.
 """
 
+import dataclasses
 import os
 import shutil
 
 import pytest
 import runner
-from common import error_line, make_model_folder, make_posts, read_json, read_metrics, write_rows
+from common import SCRIPTS, error_line, make_model_folder, make_posts, read_json, read_metrics, write_rows
 from moments import at, fill, kill, kill_half_written, kill_soon, on_rank
 from runner import Run
 
@@ -140,10 +141,21 @@ def test_other_flags_are_refused(flag, value, resume, copy):
     assert flag.removeprefix("--local_micro_").removeprefix("--") in line and str(copy) in line
 
 
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_flags_that_decide_on_the_numbers_may_not_change(script):
+    flags = {field.name for field in dataclasses.fields(script.Args)}
+    assert set(script.MAY_CHANGE) < flags
+    decide = "seed bf16 lr eps total_episodes query_dataset max_query_length warm_up_steps num_train_epochs base_model"
+    decide += " sft_model_path reward_model_path label_dataset num_mini_batches num_ppo_epochs kl_coef cliprange gamma"
+    decide += " cliprange_value vf_coef lam whiten_rewards missing_eos_penalty temperature"
+    decide += " response_length" * (script.__name__ == "ppo")  # in sft.py, only the evaluation samples
+    assert not set(decide.split()) & set(script.MAY_CHANGE)
+
+
 def test_another_cut_of_the_same_batch_is_taken(resume, copy, whole):
     for update in (4, 6):
         shutil.rmtree(copy / f"checkpoints/update_0000000{update}")
-    assert resume("--local_micro_batch_size", 2, "--gradient_accumulation_steps", 4).code == 0
+    assert resume("--local_micro_batch_size", 1, "--gradient_accumulation_steps", 8).code == 0
     for found, expected in zip(read_metrics(copy), whole("sft")["metrics"], strict=True):
         assert found.get("sft/loss", 0) == pytest.approx(expected.get("sft/loss", 0), rel=1e-4)
 

@@ -74,6 +74,8 @@ def test_files(script, chain):
     assert record["command"][1:] and record["launch"].startswith("1 x cpu")
     files = {path.name for path in (out / "model").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= files
+    side = read_json(out / "model/tokenizer_config.json")["padding_side"]
+    assert side == ("right" if script == "reward" else "left")
     assert not [path for path in out.rglob("*") if ".tmp" in path.name]
     for path in (out / "model").iterdir():
         assert path.stat().st_mode & 0o044 == 0o044, f"{path} can be read by its owner only"
@@ -117,24 +119,43 @@ def reference_scores(folder, samples):
     return np.array(scores)
 
 
+def comparison_scores(folder, rows, side):
+    """The scores of the chosen (side 0) or rejected (side 1) summaries of raw comparisons."""
+    samples, tokenizer = [], AutoTokenizer.from_pretrained(folder / "model")
+    for row in rows:
+        info = row["info"]
+        head = f"SUBREDDIT: r/{info['subreddit']}\n\nTITLE: {info['title']}\n\nPOST: "
+        query = f"Article:\n{info['article']}\n\nTL;DR:"
+        if not info["article"]:
+            query, _ = common.reward.make_query(tokenizer, head, info["post"], "\n\nTL;DR:", int(common.LENGTHS[1]))
+        samples.append((query, row["summaries"][row["choice"] ^ side]["text"].strip()))
+    return reference_scores(folder, samples)
+
+
 def test_reward_evaluation(chain):
     found = read_metrics(chain.out.reward)[-1]
     report = read_json(chain.out.reward / "eval_validation.json")
     pairs = pd.read_csv(chain.out.reward / "pairs_validation.csv")
     raw = common.make_pairs(12, 11)
     assert pairs.id.tolist() == [row["info"]["id"] for row in raw]
+    news = common.make_pairs(6, 13, news=True)
+    for side, name in enumerate(("chosen_score", "rejected_score")):
+        assert np.allclose(pairs[name], comparison_scores(chain.out.reward, raw, side), atol=1e-4)
+    margins = comparison_scores(chain.out.reward, news, 0) - comparison_scores(chain.out.reward, news, 1)
+    assert found["eval/accuracy_cnndm"] == pytest.approx((margins > 0).mean())
     assert np.allclose(pairs.margin, pairs.chosen_score - pairs.rejected_score)
     assert (found["eval/pairs"], found["eval/pairs_cnndm"]) == (12, 6)
     assert found["eval/accuracy"] == pytest.approx((pairs.margin > 0).mean())
     assert found["eval/accuracy_low"] < found["eval/accuracy"] < found["eval/accuracy_high"]
     assert found["eval/loss"] == pytest.approx(np.log1p(np.exp(-pairs.margin)).mean())
     assert found["eval/left_padding_max"] < 1e-4  # Detail 14: rounding only
-    wins = Counter(row["batch"] for row, margin in zip(raw, pairs.margin) if margin > 0)
-    number = Counter(row["batch"] for row in raw)
-    rows = {row["group"]: (row["n"], row["accuracy"]) for row in report["accuracy by batch"]}
-    assert rows == {group: (n, pytest.approx(wins[group] / n)) for group, n in number.items()}
-    for name in ("confidence", "policy pair"):
-        assert sum(row["n"] for row in report[f"accuracy by {name}"]) == 12
+    policies = [" | ".join(sorted(summary["policy"] for summary in row["summaries"])) for row in raw]
+    groups = {"batch": [row["batch"] for row in raw], "policy pair": policies}
+    groups["confidence"] = [str(row["extra"]["confidence"]) for row in raw]
+    for name, labels in groups.items():
+        wins = Counter(label for label, margin in zip(labels, pairs.margin) if margin > 0)
+        rows = {row["group"]: (row["n"], row["accuracy"]) for row in report[f"accuracy by {name}"]}
+        assert rows == {group: (n, pytest.approx(wins[group] / n)) for group, n in Counter(labels).items()}
     assert sum(row["n"] for row in report["calibration"]) == 12
     assert sum(row["n"] for row in report["accuracy on CNN/DM by batch"]) == 6
     before, after = report["scores of reference summaries"]
@@ -262,7 +283,6 @@ def checkpoints(run):
 # For each flag: its new value, or several flags; and what holds of that run c, compared with the run b of the chain.
 COMMON = {
     "exp_name": ("named", says("named: results")),
-    "output_dir": ({}, lambda b, c: c.output_dir != b.output_dir and (c.output_dir / "model").exists()),
     "resume": (None, lambda b, c: c.metrics == b.metrics[: len(c.metrics)]),
     "save_every": (1, lambda b, c: len(checkpoints(b)) == 1 and len(checkpoints(c)) == 2),
     "keep": ({"--keep": 1, "--save_every": 1}, lambda b, c: checkpoints(c) == checkpoints(b)),
@@ -314,7 +334,8 @@ PPO = COMMON | SAMPLING | {
                 and same_files(b.output_dir, c.output_dir, "model/model.safetensors", "samples_validation.csv")),
     "sft_model_path": ("OTHER/model", differs("objective/entropy")),
     "reward_model_path": ("OTHER/reward", differs("objective/rm_scores", but="objective/entropy")),
-    "num_mini_batches": (2, lambda b, c: column(c, "episode") == [16, 16]),
+    "num_mini_batches": ({"--num_mini_batches": 2, "--bf16": None},
+                         lambda b, c: column(c, "episode") == [16, 16] and first(c, "val/ratio_first_dev") == 0),
     "local_rollout_forward_batch_size": (3, differs("objective/entropy")),
     "eps": (1.0, rises("policy/approxkl_avg", sign=-1)),
     "num_ppo_epochs": (1, lambda b, c: first(c, "val/ratio_var") < 1e-9 < first(b, "val/ratio_var")),
@@ -332,6 +353,7 @@ PPO = COMMON | SAMPLING | {
 EFFECTS = {"sft": SFT, "reward": REWARD, "ppo": PPO}
 CASES = [(script, flag) for script in EFFECTS for flag in EFFECTS[script]]
 ELSEWHERE = {  # the tests of other flags
+    "output_dir": test_files,
     "gradient_checkpointing": test_gradient_checkpointing_keeps_less_and_changes_nothing,
     "track": test_tracked_run, "wandb_project_name": test_tracked_run, "wandb_entity": test_tracked_run,
 }  # fmt: skip

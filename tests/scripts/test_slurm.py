@@ -53,7 +53,7 @@ class Cluster:
         (folder / f".venv/installed-{stamp}").touch()
         paths = f"{folder / 'bin'}:{Path(sys.executable).parent}"
         (folder / ".venv/bin/activate").write_text(f"export PATH={shlex.quote(paths)}:$PATH\n")
-        self.job = str((runner.free_port() - 20000) % 12000)  # stage.sbatch takes its port from the job's id
+        self.job = str(runner.free_port(range(20000, 32000)) - 20000)  # stage.sbatch takes its port from the job's id
         self.env = {"CALLS": str(folder / "calls"), "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
         self.env |= {"SLURM_SUBMIT_DIR": str(folder), "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "node[1-2]"}
         self.env |= {"SLURM_JOB_ID": self.job}

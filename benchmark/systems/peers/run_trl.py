@@ -27,7 +27,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--algorithm", choices=["ppo", "rloo", "grpo", "dpo"])
+parser.add_argument("--algorithm", choices=["ppo", "rloo", "grpo", "dpo"], required=True)
 parser.add_argument("--sft_model_path", required=True, help="folder of the initial policy, and reference")
 parser.add_argument("--reward_model_path", help="folder of the reward model; not of DPO")
 parser.add_argument("--query_dataset", help="folder with train.parquet, posts; not of DPO")
