@@ -43,7 +43,7 @@ FAMILIES = {
 
 
 def family_config(name, tokenizer):
-    """A small config with every dropout at 0.1 (1 where transformers takes whole numbers only), and exactly as many
+    """A small config with every dropout at 0.9 (1 where transformers takes whole numbers only), and exactly as many
     rows in the embedding as the tokenizer has ids."""
     options = dict(vocab_size=len(tokenizer), max_position_embeddings=POSITIONS, initializer_range=0.2)
     options |= dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=0, pad_token_id=None)
@@ -51,7 +51,7 @@ def family_config(name, tokenizer):
     for part in (config, getattr(config, "attn_config", config)):  # MPT has some of its settings there
         for key, value in part.to_dict().items():
             if re.search("dropout|pdrop|layerdrop", key):
-                setattr(part, key, 1 if type(value) is int else 0.1)
+                setattr(part, key, 1 if type(value) is int else 0.9)
     return config
 
 
@@ -191,7 +191,7 @@ def test_dropout_is_off(family):
         for model in (load_lm(family.base), load_lm(family.base, ppo), load_new_classifier(family.base)):
             assert torch.equal(model.train()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
         plain = AutoModelForCausalLM.from_pretrained(family.base)
-        has_dropout = re.search(r'drop\w*": (0.1|1\b)', plain.config.to_json_string(use_diff=False)) is not None
+        has_dropout = re.search(r'drop\w*": (0.9|1\b)', plain.config.to_json_string(use_diff=False)) is not None
         assert has_dropout != torch.equal(plain.train()(input_ids=ids).logits, plain.eval()(input_ids=ids).logits)
 
 
