@@ -215,7 +215,7 @@ def sample_responses(args, accelerator, policy, tokenizer, query_tokens: list, t
     def sample(input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """(B, V) -> 1 at a token sampled from these logits, 0 elsewhere: `generate` takes the token with the 1."""
         logits = logits / (temperature + 1e-7)
-        # Never an id that stands for no text: [PAD], which would look like the end of a response; spare embedding rows.
+        # No ids that stand for no text: [PAD], which would look like the end of a response, and spare embedding rows.
         logits[:, tokenizer.pad_token_id] = -math.inf
         logits[:, len(tokenizer) :] = -math.inf
         # By the inverse CDF. `torch.multinomial` draws a random number for every id: 40% of a CPU's sampling time.
