@@ -376,6 +376,11 @@ def test_cnndm_pairs_come_from_their_split_or_from_their_batches(tmp_path, monke
         found = reward.load_evaluation(args, SimpleNamespace(max_position_embeddings=2048), make_tokenizer(), PRINTER)
         for pairs, rows in zip(found, (tldr, news if name != "none" else [])):
             assert [pair["id"] for pair in pairs] == [row["info"]["id"] for row in rows]
+    # News that a model has no positions for is left out.
+    lengths = [max(len(pair["chosen"]), len(pair["rejected"])) for pair in found[1]]
+    limit = sorted(lengths)[3]
+    short = reward.load_evaluation(args, SimpleNamespace(max_position_embeddings=limit), make_tokenizer(), PRINTER)[1]
+    assert len(short) == sum(length <= limit for length in lengths) < 8
 
 
 # ---- Real posts and comparisons --------------------------------------------------------------------------------------
