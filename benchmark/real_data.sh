@@ -70,11 +70,11 @@ stage base sft.py "${common[@]}" --base_model $BASE --total_episodes 0 "${evalua
 stage sft sft.py "${common[@]}" --base_model $BASE $sft "${small[@]}" "${evaluate[@]}"
 rm_flags=(--sft_model_path "$OUT/sft" $rm "${small[@]}" --max_eval_rows $pairs)
 stage reward reward.py "${common[@]}" --label_dataset "$OUT/pairs/reward" "${rm_flags[@]}"
-stage judge_model reward.py "${common[@]}" --label_dataset "$OUT/pairs/judge_model" "${rm_flags[@]}" --seed $((SEED + 1))
 stage ppo ppo.py "${common[@]}" --sft_model_path "$OUT/sft" --reward_model_path "$OUT/reward" \
   --total_episodes "${EPISODES:-$episodes}" --lr $lr --local_micro_batch_size $ppo_micro \
   --gradient_accumulation_steps $((batch / ppo_micro)) --local_rollout_forward_batch_size $((4 * micro)) \
   --save_every $every "${evaluate[@]}"
+stage judge_model reward.py "${common[@]}" --label_dataset "$OUT/pairs/judge_model" "${rm_flags[@]}" --seed $((SEED + 1))
 
 # Against the human references, and PPO against SFT. For an LLM judge, the same eval_judge.py with its --judge_model.
 judge=(benchmark/judges/reward_judge.py --reward_model_path "$OUT/judge_model/model" --port 0 --
