@@ -59,7 +59,8 @@ class Args:
     """both: each pair in both orders, a split verdict is a tie. random: one order per post, by a seeded coin"""
     template: Optional[str] = None
     """text file that replaces the prompt: {post}, {summary_a}, {summary_b}, each alone under its heading ### Post:,
-    ### Summary A:, ### Summary B:, in this order, and then a line ### Instructions: and what to do"""
+    ### Summary A:, ### Summary B:, in this order, and then a line ### Instructions: and what to do (to reply with a
+    line "Preferred: A" or "Preferred: B")"""
     seed: int = 1  # seed of the coin of --order random and of the bootstrap
     # ---- The judge's server ----
     judge_base_url: str = "https://api.openai.com/v1"  # address of an OpenAI-compatible server, as far as /v1
@@ -104,7 +105,7 @@ Comparison: <one sentence that compares the two summaries and says why one of th
 Preferred: <A or B>"""
 
 # Appended after an unreadable reply. It is numbered because at temperature 0 the same question gets the same reply.
-REMINDER = '\n\nReminder {number}: your last reply could not be read. End it with "Preferred: A" or "Preferred: B".'
+REMINDER = '\n\nReminder {number}: your last reply could not be read. End it with a line "Preferred: <A or B>".'
 
 
 def sha256(text: str) -> str:
@@ -140,22 +141,19 @@ def make_questions(samples: dict[str, Rows], template: str, args: Args) -> dict[
 
 
 # ---- Asking the judge ------------------------------------------------------------------------------------------------
-# What servers call a post that they will not read: too long, or barred by a content filter.
-REFUSALS = ("context_length", "context length", "context size", "prompt is too long")
-REFUSALS += ("content_filter", "content_policy", "content management policy", "usage policy", "flagged")
-# What to do about any other HTTP status: the next question would most likely get it as well.
+# What to do about an HTTP status
 HINTS = {
-    400: "check the model; None leaves out --judge_temperature, --judge_max_tokens or --judge_seed",
+    400: "check both; None leaves out --judge_temperature, --judge_max_tokens or --judge_seed",
     401: "set the key in the environment variable that --judge_key_variable names",
     402: "the account behind the key has no credit left",
     403: "its server does not allow this to the key, or from here",
-    404: "its server knows no such model or address: check --judge_model and --judge_base_url",
+    404: "its server knows no such model or address: check both",
     429: "the rate limit does not lift: lower --concurrency, or see to the account's quota",
 }
 
 
 class JudgeError(Exception):
-    """The judge cannot be used, and asking again will not help. The message is one line for the user."""
+    """The judge cannot be used, and asking again will not help."""
 
 
 def parse_completion(body: bytes) -> tuple[str, Optional[str]]:
@@ -174,55 +172,55 @@ def parse_completion(body: bytes) -> tuple[str, Optional[str]]:
 class Judge:
     """Asks the questions. It counts the replies, to tell a judge that cannot be used from a difficult post."""
 
-    def __init__(self, args: Args, readable: int):
+    def __init__(self, args: Args, questions: int, readable: int):
         import openai  # here and not on top, like others below: --help should not take seconds
         self.openai = openai
         self.args = args
         self.limit_name = "max_tokens"
         self.replies = 0  # all replies of this run, refusals of a post included
         self.failed = 0  # questions that failed since the last reply
+        self.questions = questions  # to ask in this run
         self.readable = readable  # readable replies, those of earlier runs included
         with refuse_on_error(f"--judge_base_url {args.judge_base_url} is no address"):
             host = urlsplit(args.judge_base_url).hostname
         self.key = os.environ.get(args.judge_key_variable, "").strip()  # a key read from a file brings its newline
         if host == "api.openai.com" and not self.key or not (self.key.isascii() and self.key.isprintable()):
             refuse(f"the environment variable {args.judge_key_variable} (--judge_key_variable) holds no valid key")
-        self.key = self.key or "no-key"  # where the server needs none, the client still does
+        # Servers repeat what they were sent. A shorter key is no secret, but part of words.
+        self.secret = self.key if len(self.key) >= 8 else "\0"
         # A proxy for the internet cannot reach a server on this machine, but the client would ask it to.
         local = host in ("localhost", "127.0.0.1", "::1")
         with refuse_on_error("--judge_base_url cannot be used with this environment's proxies and certificates"):
             self.client = openai.AsyncOpenAI(
                 base_url=args.judge_base_url,
-                api_key=self.key,
+                api_key=self.key or "no-key",  # where the server needs none, the client still does
                 timeout=args.judge_timeout,
                 max_retries=args.max_retries,  # with growing pauses, or those of Retry-After, up to two minutes
                 http_client=openai.DefaultAsyncHttpxClient(trust_env=False) if local else None,
             )
 
     def one_line(self, error: Exception) -> str:
-        """What went wrong. A server may repeat the key that it was sent, so the key is taken out."""
-        text = " ".join(f"{error} {error.__cause__ or ''}".split())
-        secret = self.key if len(self.key) >= 8 else "\n"  # anything shorter is no secret, and part of many words
-        return text.replace(secret, "[key]")[:300]
+        """What went wrong, in the words of the client and of the server, without the key."""
+        said = error.__cause__ or getattr(error, "body", None) or ""
+        return " ".join(f"{error} {said}".split()).replace(self.secret, "[key]")[:300]
 
     def blame(self, error: Exception, replies: int) -> str:
         """What went wrong, where this post alone is to blame; JudgeError where the other questions would fail alike."""
         text = self.one_line(error)
         status = getattr(error, "status_code", None)
-        if status in (400, 403, 413, 422) and any(word in f"{error.code} {text}".lower() for word in REFUSALS):
-            self.count_reply(text)
-            return text
-        if status is not None and 400 <= status < 500 and status not in (408, 409, 429):
-            raise JudgeError(f"the judge {self.args.judge_model}: {HINTS.get(status, HINTS[400])} ({text})")
+        if status in (400, 403, 413, 422) and self.readable > 0:
+            return text  # the settings have brought verdicts: the post is too long, or a filter bars it
         self.failed += 1
-        # Since this question was first asked, no other got a reply either. A server that is there may fail at one post.
-        if self.replies == replies and (status in (None, 429) or self.failed >= 3):
-            hint = HINTS.get(status, "no reply in all tries")
-            raise JudgeError(f"--judge_base_url {self.args.judge_base_url}: {hint} ({text})")
+        one_post = status in (None, 400, 403, 408, 409, 413, 422) or status >= 500  # it may be this post's fault
+        limit = 1 if not one_post else 10 if self.readable > 0 else min(3, self.questions)
+        if self.failed >= limit and self.replies == replies:  # no other got a reply since this question was first asked
+            hint = HINTS.get(status, HINTS[400] if 400 < (status or 0) < 500 else "no reply in all tries")
+            where = f"--judge_model {self.args.judge_model} at --judge_base_url {self.args.judge_base_url}"
+            raise JudgeError(f"{where}: {hint} ({text})")
         return text
 
     def count_reply(self, last: str):
-        """JudgeError where none of many replies could be read: such a judge is unfit, and costs money all the same."""
+        """JudgeError where none of many replies could be read: such a judge is unfit, and costs money."""
         self.replies += 1
         self.failed = 0
         if self.readable == 0 and self.replies >= 40:
@@ -241,11 +239,11 @@ class Judge:
                 **{name: value for name, value in settings.items() if value is not None},
             )
         except self.openai.BadRequestError as error:
-            if limit_name == "max_completion_tokens" or "max_completion_tokens" not in str(error):
+            if limit_name == "max_completion_tokens" or "max_completion_tokens" not in str(error.body):
                 raise
             self.limit_name = "max_completion_tokens"  # what newer models call the same limit
             return await self.complete(prompt)
-        return parse_completion(response.content)
+        return parse_completion(response.content.replace(self.secret.encode(), b"[key]"))
 
     async def ask(self, question: str, shown: str) -> dict:
         """Ask until a reply can be read or --max_retries is reached; `shown` is the letter of the response."""
@@ -257,7 +255,8 @@ class Judge:
             try:
                 reply, reason = await self.complete(prompt)
                 verdict |= {"reply": reply, "finish_reason": reason, "error": None, "tries": tries}
-                letter = None if reason == "length" else read_verdict(reply)  # cut off: it may be still thinking
+                cut_off = re.search("length|max|error|filter", reason or "", re.IGNORECASE)
+                letter = None if cut_off else read_verdict(reply)  # cut off: it may be still thinking
                 prompt = question + REMINDER.format(number=tries)
             except self.openai.APIError as error:
                 # The client has tried again what may pass, such as a rate limit. The next run asks this question anew.
@@ -325,7 +324,8 @@ def read_verdict(reply: str) -> Optional[str]:
     reply = re.sub(SPECIAL_TOKENS, "", reply)
     reply = re.sub(r"""[*_`"'“”‘’\[\]{}<>#\\]|\((?=[AB]\))|(?<=\([AB])\)""", "", reply).strip()
     # A claim ends with its line, or where the next one begins.
-    label = r"(?<!not )(?<!less )(?<!least )\bpreferred(?: summary| option)?\s*(?:[:=]|is\b)\s*"
+    label = r"(?<!\b(?:is|be|or) )(?<!no[nt][ -])(?<!less )(?<!(?:least|never) )\bpreferred(?: summary| option)?"
+    label += r"\s*(?:[:=]|is\b)\s*"
     claims = re.findall(label + r"((?:(?!\bpreferred\b).)*)", reply, re.IGNORECASE)
     letters = [read_letter(claim.strip(), True) for claim in claims] or [read_letter(reply, False)]
     # The last line counts, as an earlier one may repeat the instructions; but two that disagree are no verdict.
@@ -359,7 +359,7 @@ def bootstrap_interval(scores: np.ndarray, resamples: int, seed: int) -> Optiona
 
 
 def share_interval(mean: float, n: int) -> list[float]:
-    """95% Wilson interval of the mean of n scores, also where these are few or all the same, as in the bins of length. It
+    """95% Wilson interval of the mean of n scores, also where they are few or all the same (the bins of length). It
     is defined for whole wins: the half win of a tie is rounded down for the lower bound and up for the upper one."""
     from scipy.stats import binomtest
     half_wins = round(2 * mean * n)
@@ -392,8 +392,8 @@ def fit_logistic(x: np.ndarray, y: np.ndarray) -> tuple[Optional[float], Optiona
 
 
 def equal_length_interval(x: np.ndarray, y: np.ndarray, intercept: float, slope: float):
-    """95% Wald interval of sigmoid(intercept), the win rate at equal length. The variance is the sandwich estimate: that
-    of the fit alone takes scores for wins and losses, and is too large where there are ties. None if all are ties."""
+    """95% Wald interval of sigmoid(intercept), the win rate at equal length. The variance is the sandwich estimate:
+    that of the fit takes scores for wins and losses, and is too large where there are ties. None if all are ties."""
     if np.ptp(y) == 0:
         return None
     p = 1 / (1 + np.exp(-(intercept + slope * x)))  # (n,)
@@ -476,7 +476,9 @@ def check_args(args: Args):
             refuse(f"--{name} {value}: must be {'at least' if lowest == 0 else 'above'} 0 and at most {highest}")
     if len(set(map(os.path.normpath, args.samples))) < max(1, len(args.samples)):
         refuse("--samples: name at least one file, and none twice")
-    # Flags are written to args.json, and a key never is: so no password or query in the address.
+    # Flags are written to args.json, and a key never is.
+    if not args.judge_key_variable.isidentifier():
+        refuse("--judge_key_variable is the name of an environment variable, not the key itself")
     address = re.fullmatch(r"https?://(?:[\w.-]+|\[[0-9a-fA-F:]+\])(?::(\d{1,5}))?(?:/[^\s?#@]*)?", args.judge_base_url)
     if address is None or int(address[1] or 80) > 65535:
         refuse("--judge_base_url must look like http://127.0.0.1:8000/v1; a key comes from --judge_key_variable only")
@@ -488,10 +490,11 @@ def read_samples(path: str, columns: tuple[str, ...], limit: Optional[int] = Non
     with refuse_on_error(f"{path}: cannot be read as a CSV file in UTF-8"):
         with open(path, newline="", encoding="utf-8-sig") as file:  # -sig: spreadsheets begin a file with a BOM
             reader = csv.DictReader(file, strict=True)
-            missing = [column for column in columns if column not in (reader.fieldnames or [])]
+            names = reader.fieldnames or []
             table = list(reader)
-    if missing or not table:
-        refuse(f"{path}: has no {' and no '.join(missing or ['rows'])}")
+    wrong = [column for column in columns if names.count(column) != 1]
+    if wrong or not table:
+        refuse(f"{path}: needs rows, and one column {' and '.join(wrong or columns)}; its columns are {names}")
     rows: Rows = {}
     for number, row in enumerate(table[:limit], start=1):
         if None in row or None in row.values():
@@ -545,10 +548,9 @@ def load_length(tokenizer: Optional[str]):
 
 # ---- Report ----------------------------------------------------------------------------------------------------------
 def write_report(samples: dict[str, Rows], summary: dict, measure, args: Args):
-    """Write report.png, the win rates and the win rate by length, and report.html, every post with its summaries and
-    the judge's replies, to be read in a browser. Picture and page are made by files of benchmark/judges."""
+    """Write report.png (win rates, and by length) and report.html (every post with its summaries and the replies)."""
     folder = Path(__file__).resolve().parent / "benchmark/judges"
-    if not folder.exists():  # where this script was copied alone
+    if not folder.exists():  # this script was copied alone
         return say(f"report.png and report.html are not written: there is no {folder}")
     from jinja2 import Environment
     run_path(str(folder / "draw_report.py"))["draw_report"](summary, f"{args.output_dir}/report.png")
@@ -578,7 +580,7 @@ def print_summary(summary: dict):
         figures = [f"{name} {np.round(result[name], 3)}" for name in names if result[name] is not None]
         say(f"{path}: {', '.join(figures)}")
         if result["unparsed"]:
-            say("  unparsed posts are in no figure but position_bias; the same command asks them again")
+            say("  unparsed posts (see verdicts.jsonl) are only in position_bias; the same command asks them again")
 
 
 # ---- What every long run needs ---------------------------------------------------------------------------------------
@@ -643,7 +645,7 @@ def load_verdicts(path: str, questions: dict[Key, str], identity: dict) -> dict[
         except (ValueError, LookupError, TypeError, RecursionError):
             refuse(f"{path}, line {number}: is no verdict of this script; remove it, or take another --output_dir")
         if other:
-            what = {"prompt_sha256": "--template", "order_seed": "--seed", "question_sha256": "text"}
+            what = {"prompt_sha256": "--template", "order_seed": "--seed", "question_sha256": "text or --against"}
             refuse(f"{path}, line {number}: id {key[1]} of {key[0]} was judged with another "
                  f"{what.get(other[0], '--' + other[0])}: take the old one, or another --output_dir")
         if key in questions and preferred in ("response", "reference"):
@@ -683,7 +685,7 @@ def main():
 
             # 3. Ask the judge, and read its verdicts from where they now are
             if missing:
-                judge = Judge(args, len(verdicts))
+                judge = Judge(args, len(missing), len(verdicts))
                 bar = tqdm(total=len(questions), initial=len(verdicts), desc="verdicts", smoothing=0.05)
                 with bar, open(path, "ab") as file:
                     asyncio.run(judge_all(missing, judge, identity, file, bar))

@@ -11,10 +11,14 @@ def draw_report(summary: dict, path: str):
     files = summary["samples"]
     figure = Figure(figsize=(12, 5 + 0.4 * len(files)), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.3))
-    folders = [os.path.basename(os.path.dirname(os.path.abspath(name))) for name in files]
+    folders = [os.path.dirname(os.path.abspath(name)) for name in files]
+    start = os.path.commonpath([os.path.dirname(folder) for folder in folders])
     for i, (name, result) in enumerate(files.items()):
         color = f"C{i % 10}"
-        label = folders[i] if folders.count(folders[i]) == 1 else name[-48:]
+        label = name
+        if folders.count(folders[i]) == 1 and os.path.basename(name).startswith("samples_"):  # of sft.py or ppo.py
+            label = os.path.relpath(folders[i], start)
+        label = label[-48:]
         label = {"sft": "SFT", "ppo": "PPO"}.get(label, label).replace("$", r"\$")  # "$" would begin a formula
         if not result["n"]:
             left.text(0.02, -i + 0.15, f"{label}\nno verdicts", color=color)

@@ -29,7 +29,10 @@ def read_results(folder):
     path = os.path.join(folder, "verdicts.jsonl")
     if not os.path.exists(path):
         refuse(f"{path} does not exist: name output folders of eval_judge.py")
-    verdicts = pd.read_json(path, lines=True, dtype=False)
+    lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]  # the last one is empty, or half a line
+    if not lines:
+        refuse(f"{path} holds no verdict")
+    verdicts = pd.DataFrame(map(json.loads, lines))
     # A later verdict on the same question replaces an unreadable one.
     verdicts = verdicts.drop_duplicates(["samples", "id", "response_was_shown_as"], keep="last")
     verdicts["won"] = verdicts.preferred.map({"response": 1.0, "reference": 0.0})  # NaN where it is unparsed

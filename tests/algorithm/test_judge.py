@@ -107,7 +107,8 @@ READABLE = {
           "Comparison: A is preferred: it is short. Preferred: A", "The preferred summary is A."],
     "B": ["B", "b.", "Preferred: B since it has the question", "Preferred: B)", "Preferred: B<end_of_turn>"],
     None: ["Not preferred: A", "Less preferred: A", "Preferred: A, it's a draw", "Preferred: A, hard to say",
-           "Least preferred: A", "", " ", "A or B", "A\nB", "AB", "Abe", "I like A", "Both are good.", "Preferred:",
+           "Least preferred: A", "Never preferred: A", "Non-preferred: A", "B is preferred: A, in contrast, omits the cat.",
+           'I end with "Preferred: A" or "Preferred: B". The first one omits the cat.', "", " ", "A or B", "A\nB", "AB", "Abe", "I like A", "Both are good.", "Preferred:",
            "Preferred: A or B", "Preferred: A/B", "Preferred: Neither", "Preferred: C", "Preferred: A?",
            "Preferred: A and B are equal",
            "A comparison shows that both are good", "Preferred: A comparison is hard", "Preferred: A\nPreferred: B",
@@ -120,6 +121,10 @@ READABLE = {
 def test_a_reply_is_read_or_not_but_never_guessed():
     wrong = [text for letter, texts in READABLE.items() for text in texts if ej.read_verdict(text) != letter]
     assert wrong == []
+
+
+def test_a_judge_that_repeats_what_it_was_told_has_said_nothing():
+    assert ej.read_verdict(ej.TEMPLATE + ej.REMINDER) is ej.read_verdict(ej.REMINDER) is None
 
 
 def test_a_post_with_an_unreadable_order_has_no_score():
@@ -237,7 +242,7 @@ const note = () => seen.push([shown.length, document.querySelector("#post h3")?.
 const press = key => document.body.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
 note(); press("j"); press("ArrowDown"); note(); press("k"); note();
 set("outcome", "won"); note(); set("system", names[1]); note(); set("outcome", ""); set("sort", "-1"); note();
-set("sort", ""); set("search", "ALERT("); note();
+set("sort", ""); set("search", "SHOWN AS"); note(); set("search", "COMPARISON: ONE"); note(); set("search", "ALERT("); note();
 document.title = JSON.stringify({seen, errors, systems: document.querySelectorAll(".system").length,
   colours: document.querySelectorAll("#list .won").length, scripts: document.scripts.length});
 </script>"""
@@ -267,7 +272,8 @@ def test_the_page_is_read_in_a_browser(place):
     assert found["seen"][:3] == [[30, ids[0]], [30, ids[2]], [30, ids[1]]]
     assert found["seen"][3] == [(won[0] | won[1]).sum(), ids[(won[0] | won[1]).argmax()]]
     assert found["seen"][4] == [won[1].sum(), ids[won[1].argmax()]]
-    assert found["seen"][5] == [30, ids[int(np.argmax(ratios))]] and found["seen"][6] == [1, ids[7]]
+    assert found["seen"][5] == [30, ids[int(np.argmax(ratios))]] and found["seen"][8] == [1, ids[7]]
+    assert [number for number, _ in found["seen"][6:8]] == [0, 30]  # in the judge's replies too
     assert found["systems"] == 2 and "&lt;b&gt;bold&lt;/b&gt;" in dom
 
 
@@ -340,7 +346,7 @@ def test_what_is_sent_and_how_many_at_once(place):
     place.write(make_rows(8))
     (place.folder / "t.txt").write_text("Hello {you}.\n" + ej.TEMPLATE[ej.TEMPLATE.index("### Post") :])
     key = "sk-secret-0123456789"
-    with FakeJudge(better, key=key, delay=0.3) as server:
+    with FakeJudge(lambda *parts: f"You sent {key}.\n{better(*parts)}", key=key, delay=0.3) as server:
         sent = ("--judge_temperature", "0.5", "--judge_max_tokens", "77", "--judge_seed", "5", "--concurrency", "3")
         sent += ("--judge_key_variable", "OTHER_KEY", "--template", place.folder / "t.txt")
         place.judge(server, *sent, OTHER_KEY=key + "\n")
@@ -411,23 +417,30 @@ def test_posts_without_a_verdict_are_counted_and_asked_again_next_time(place):
     with FakeJudge(lambda post, a, b: "Neither") as server:  # few posts and no verdict at all: a report that says so
         result = place.judge(server, "--max_retries", "0")
         assert (result["n"], result["unparsed"], result["win_rate"], result["win_rate_ci95"]) == (0, 5, None, None)
-    # One post that the server refuses and one that it fails on do not end the run either.
+    # Posts that the server refuses, in whatever words, and posts that it fails on do not end the run either.
     place.out = place.folder / "refused"
-    faults = {"1": Fault(400, error_body("too long", code="context_length_exceeded")), "2": Fault(500)}
-    faults["3"] = Fault(403, error_body("your input was flagged"))
-    with FakeJudge(better, fault=lambda text, _: faults.get(text.split("TITLE: post ")[1][0]), delay=0.1) as server:
-        assert place.judge(server, "--max_retries", "1", "--concurrency", "4")["unparsed"] == 3
-        assert place.judge(server, "--max_retries", "1")["unparsed"] == 3  # not where there are no others to ask either
-    errors = {(line["id"], line["error"][:15]) for line in place.lines() if line["preferred"] == "unparsed"}
-    assert errors == {("t3_1", "Error code: 400"), ("t3_2", "Error code: 500"), ("t3_3", "Error code: 403")}
+    place.write(make_rows(7))
+    faults = [(400, error_body("Content Exists Risk")), (500, "no"), (403, error_body("flagged")), (500, "no")]
+    faults += [(422, '{"detail": "too long"}'), (413, "<html>too long</html>")]
+    answers = {f"t3_{i}": Fault(status, body) for i, (status, body) in enumerate(faults, start=1)}
+    fault = lambda text, _: answers.get("t3_" + text.split("TITLE: post ")[1][0])  # noqa: E731
+    with FakeJudge(better, fault=fault, delay=0.1) as server:
+        assert place.judge(server, "--max_retries", "1", "--concurrency", "4")["unparsed"] == 6
+        assert place.judge(server, "--max_retries", "1")["unparsed"] == 6  # not where there are no others to ask either
+    errors = {line["id"]: line["error"] for line in place.lines() if line["preferred"] == "unparsed"}
+    assert {name: (int(text.split()[2]), text.count("too long") > 0) for name, text in errors.items()} == {
+        name: (answer.status, "too long" in answer.body) for name, answer in answers.items()
+    }
 
 
 def test_a_judge_of_which_nothing_can_be_read_ends_the_run_early(place):
     place.write(make_rows(200))
-    cut_off = reply("I may end with\nPreferred: A\nif", finish_reason="length")
-    with FakeJudge(better, fault=lambda *_: cut_off) as server:
-        line = place.stops(server)
-        assert "--judge_max_tokens" in line and "'finish_reason': 'length'" in line and len(server.requests) < 80
+    for reason in ("content_filter", "model_length", "MAX_TOKENS", "length"):  # as servers call it
+        cut_off = reply("I may end with\nPreferred: A\nif", finish_reason=reason)
+        with FakeJudge(better, fault=lambda *_: cut_off) as server:
+            line = place.stops(server)
+            assert "--judge_max_tokens" in line and f"'finish_reason': '{reason}'" in line
+            assert len(server.requests) < 80
     with FakeJudge(better, fault=lambda *_: Fault(200, body=error_body("upstream is busy"))) as server:
         assert "upstream is busy" in place.stops(server, "--concurrency", "40") and len(server.requests) <= 80
     refusal = Fault(400, error_body("too long", code="context_length_exceeded"))
@@ -443,10 +456,13 @@ def test_mistakes_that_no_retry_fixes_end_the_run_at_once(place):
         line = place.stops(server, OPENAI_API_KEY="sk-wrong-987654321")
         assert re.search(r"--judge_key_variable.*401.*\[key\]", line) and "sk-wrong" not in line
         line = place.stops(server, "--judge_model", "gone", OPENAI_API_KEY=server.key)
-        assert re.search("gone.*--judge_model.*404", line) and server.key not in line
+        assert re.search("--judge_model gone.*404", line) and server.key not in line
     for status, word in ((400, "--judge_temperature"), (402, "no credit"), (403, "not allow"), (429, "--concurrency")):
         with FakeJudge(better, fault=lambda *_: Fault(status, error_body("as the server says"))) as server:
             assert re.search(f"{word}.*as the server says", place.stops(server, "--max_retries", "1"))
+    for body in ('{"error": "no seed here"}', '{"detail": [{"msg": "no seed here"}]}', "no seed here"):
+        with FakeJudge(better, fault=lambda *_: Fault(422, body)) as server:
+            assert re.search("--judge_seed.*no seed here", place.stops(server, "--max_samples", "1"))
     with socket.socket() as closed:  # bound but not listening: nobody answers here
         closed.bind(("127.0.0.1", 0))
         server.url = f"http://127.0.0.1:{closed.getsockname()[1]}/v1"
@@ -553,11 +569,12 @@ def test_full_disk_or_closed_stdout_cost_no_verdict_and_leave_no_half_report(pla
 HEAD = "id,query,response,reference\n"
 ROW = 'x1,"q\n\nTL;DR:", response, reference\n'
 SAMPLES = {  # name -> content, and what the message says
-    "binary.csv": ("\xff\xfe", "UTF-8"), "empty.csv": ("", "no id"), "header.csv": (HEAD, "no rows"),
-    "column.csv": ("id,query,response\nx1,q,r\n", "no reference"), "twice.csv": (HEAD + ROW + ROW, "x1"),
+    "binary.csv": ("\xff\xfe", "UTF-8"), "empty.csv": ("", "column id"), "header.csv": (HEAD, "needs rows"),
+    "column.csv": ("id,query,response\nx1,q,r\n", "one column reference"), "twice.csv": (HEAD + ROW + ROW, "x1"),
     "short.csv": (HEAD + ROW + "x2,q,r\n", "row 2"), "long.csv": (HEAD + "x2,q,r,s,t\n", "row 1"),
     "quote.csv": (HEAD + 'x2,"q,r,s\n', "quote.csv"), "noid.csv": (HEAD + ",q,r,s\n", "id is empty"),
-    "noquery.csv": (HEAD + "x2, ,r,s\n", "query is empty"),
+    "noquery.csv": (HEAD + "x2, ,r,s\n", "query is empty"), "semicolon.csv": (HEAD.replace(",", ";"), "'id;query;"),
+    "columns.csv": ("response," + HEAD + "r," + ROW, "one column response"),
 }  # fmt: skip
 TEMPLATES = {
     "no_post.txt": ej.TEMPLATE[ej.TEMPLATE.index("### Summary A:") :], "two_a.txt": ej.TEMPLATE + "\n{summary_a}",
@@ -569,7 +586,7 @@ FLAGS = {
     "max_samples": [0], "judge_max_tokens": [0], "judge_timeout": [-1, "nan"], "max_retries": [-1], "concurrency": [0],
     "judge_temperature": [-0.5], "judge_model": [" ", "\udcff"], "seed": [-1, 2**64], "bootstrap_samples": [0, 10**12],
     "judge_base_url": ["localhost:80", "http://me:pw@x/v1", "http://x/v1?key=sk-1", "http://127.0.0.1:99999/v1"],
-    "output_dir": ["", "good.csv", "\udcff"], "tokenizer": ["."], "template": ["missing.txt", *TEMPLATES],
+    "judge_key_variable": ["sk-0123"], "output_dir": ["", "good.csv", "\udcff"], "tokenizer": ["."], "template": ["missing.txt", *TEMPLATES],
 }  # fmt: skip
 BAD = [(["--samples", name], word) for name, (_, word) in SAMPLES.items()]
 BAD += [(["--samples", "good.csv", "./good.csv"], "twice"), (["--samples", "missing.csv"], "missing.csv"),

@@ -159,6 +159,11 @@ def test_agreement_of_two_judges_by_hand(tmp_path):
     chance = 2 / 3 * 1 / 3 + 1 / 3 * 1 / 3  # of two wins, and of two losses
     kappa = pytest.approx((2 / 3 - chance) / (1 - chance))
     assert found == {"samples": "s.csv", "n": 3, "agreement": pytest.approx(2 / 3), "kappa": kappa}
+    with open(tmp_path / "one/verdicts.jsonl", "a") as file:
+        file.write('{"samples": "s.csv", "id": ')  # as a killed judge leaves it
+    assert json.loads(run_inside(judge_agreement, tmp_path / "one", tmp_path / "two").out) == found
+    (tmp_path / "two/verdicts.jsonl").write_text("")
+    assert "two/verdicts.jsonl" in error_line(run_inside(judge_agreement, tmp_path / "one", tmp_path / "two"))
 
 
 def test_agreement_and_kappa_by_hand():
