@@ -5,9 +5,9 @@ The learning curves of any runs side by side, from their metrics.jsonl alone.
     python benchmark/plot_metrics.py runs/quickstart/full-seed*/ppo --mean_over_seeds -o curves.png
 
 A run is an output folder of sft.py, reward.py or ppo.py, or of a copy of one; it may still be running. Runs are named by
-what their paths do not have in common. With --mean_over_seeds, runs whose paths differ only in the number after "seed" are averaged: one line, and a band of one
-standard deviation. Of reward models that were evaluated, the calibration is shown too: how often people agree, by the
-difference of the scores (detail 19).
+what their paths do not have in common. With --mean_over_seeds, runs whose paths differ only in the number after "seed"
+are averaged over the updates that all have: one line, and a band of one standard deviation. Of reward models that were
+evaluated, the calibration is shown too: how often people agree, by the difference of the scores (detail 19).
 """
 
 import json
@@ -44,7 +44,7 @@ EPISODES = {"sft": "posts", "rm": "pairs"}  # what the other stages count
 @dataclass
 class Args:
     runs: tyro.conf.Positional[tuple[Path, ...]]  # output folders of runs
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("curves.png")  # the picture to write
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("curves.png")  # the picture to write: .png, .pdf, .svg
     mean_over_seeds: bool = False  # mean and standard deviation over runs that differ in their seed only
     smooth: int = 1  # each point is the mean of this many updates
 
@@ -58,7 +58,7 @@ def load(run: Path, smooth: int) -> pd.DataFrame:
     """The metrics of one run, one row per update, by episode."""
     path = run / "metrics.jsonl"
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
         table = pd.DataFrame(rows).set_index("episode")
     except (OSError, ValueError, KeyError) as error:
         fail(f"{path}: no metrics of a run ({type(error).__name__}: {error})")
@@ -93,7 +93,8 @@ def draw(tables: dict[str, list[pd.DataFrame]], reports: dict[str, list[dict]]) 
             values = pd.concat(series, axis=1).dropna()  # the updates that all of them have
             mean = values.mean(axis=1)
             label = name if len(series) == 1 else f"{name} (mean and standard deviation of {len(series)})"
-            axis.plot(mean.index, mean, color=f"C{i % 10}", label=label, linewidth=1.4)
+            style = {"linestyle": ("-", "--", ":")[i // 10 % 3], "marker": "." if len(mean) == 1 else ""}
+            axis.plot(mean.index, mean, color=f"C{i % 10}", label=label, linewidth=1.4, **style)
             if len(series) > 1:
                 deviation = values.std(axis=1)
                 axis.fill_between(mean.index, mean - deviation, mean + deviation, color=f"C{i % 10}", alpha=0.2)
@@ -129,23 +130,28 @@ def main():
         fail("name at least one run; --smooth is at least 1")
     tables: dict[str, list[pd.DataFrame]] = {}
     reports: dict[str, list[dict]] = {}  # of several runs of one name, all rows
-    start = os.path.commonpath([run.absolute().parent for run in args.runs])
-    for run in args.runs:
-        name = os.path.relpath(run.absolute(), start)
+    folders = list(dict.fromkeys(run.absolute() for run in args.runs))
+    start = os.path.commonpath([run.parent for run in folders])
+    for run in folders:
+        name = os.path.relpath(run, start)
         if args.mean_over_seeds:
             name = re.sub(r"(seed[-_]?)\d+", r"\1*", name)
         tables.setdefault(name, []).append(load(run, args.smooth))
         rows = calibration(run)
         if rows:
             reports.setdefault(name, []).extend(rows)
+    common = {name: set.intersection(*(set(table.index) for table in runs)) for name, runs in tables.items()}
+    for name, episodes in common.items():
+        if not episodes:
+            fail(f"{name}: these runs have no update in common, so there is no mean over them")
     temporary = args.output.with_name(args.output.name + ".tmp")
     try:
-        draw(tables, reports).savefig(temporary, format="png")
+        draw(tables, reports).savefig(temporary, format=args.output.suffix[1:] or "png")
         os.replace(temporary, args.output)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         fail(f"--output {args.output} cannot be written ({error})")
     for name, runs in tables.items():
-        last = pd.concat([table.tail(1) for table in runs]).mean()
+        last = pd.concat([table.loc[[max(common[name])]] for table in runs]).mean()
         figures = [f"{panel} {value:.4g}" for panel, value in last.items() if np.isfinite(value)]
         print(f"{name}, last update: {', '.join(figures)}")
 

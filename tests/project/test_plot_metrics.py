@@ -21,7 +21,7 @@ def test_lines_means_and_bands(tmp_path):
     other = write_run(tmp_path / "other", [5, 5])
     done = run_inside(plot_metrics, *runs, other, "--mean_over_seeds", "-o", tmp_path / "x.png")
     assert done.code == 0 and (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG"), done.err
-    for line in ("a-seed*, last update: objective/kl 4.5", "other, last update: objective/kl 5"):
+    for line in ("a-seed*, last update: objective/kl 4,", "other, last update: objective/kl 5,"):
         assert line in done.out
     assert not list(tmp_path.glob("*.tmp"))
     tables = {"a": [plot_metrics.load(run, 1) for run in runs], "b": [plot_metrics.load(other, 1)]}
@@ -50,12 +50,33 @@ def test_calibration_of_an_evaluated_reward_model(tmp_path):
 
 
 def test_what_is_no_run_is_named(tmp_path):
-    write_run(tmp_path / "half", [1], last='\n{"epi')
+    write_run(tmp_path / "half", [1], last='\n{"epi\n')
     (tmp_path / "none").mkdir()
     (tmp_path / "none/metrics.jsonl").write_text('{"episode": 8, "other": 1}\n')
     for name in ("half", "none", "absent"):
         done = run_inside(plot_metrics, tmp_path / name, "-o", tmp_path / "x.png")
         assert f"{name}/metrics.jsonl" in error_line(done)
     run = write_run(tmp_path / "good", [1])
-    done = run_inside(plot_metrics, run, "--output", tmp_path / "no/x.png")
-    assert "no/x.png" in error_line(done) and not (tmp_path / "x.png").exists()
+    for name in ("no/x.png", "x.txt"):
+        assert name in error_line(run_inside(plot_metrics, run, "--output", tmp_path / name))
+    runs = [write_run(tmp_path / f"seed{seed}", kls) for seed, kls in ((1, [1]), (2, [2, 3]))]
+    table = plot_metrics.load(runs[1], 1)
+    rows = (runs[1] / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (runs[1] / "metrics.jsonl").write_text("".join(rows[1:]))
+    assert "seed*: these runs have no update in common" in error_line(
+        run_inside(plot_metrics, *runs, "--mean_over_seeds", "-o", tmp_path / "x.png")
+    )
+    assert not (tmp_path / "x.png").exists()
+    # A line that is half written is one of a run that goes on.
+    (runs[1] / "metrics.jsonl").write_text("".join(rows) + '{"epi')
+    assert plot_metrics.load(runs[1], 1).equals(table)
+
+
+def test_every_run_can_be_told_from_the_others(tmp_path):
+    runs = [write_run(tmp_path / str(i), [i] * (1 + i % 2)) for i in range(12)]
+    done = run_inside(plot_metrics, *runs, runs[0], "-o", tmp_path / "x.pdf")  # one of them named twice
+    assert done.code == 0 and (tmp_path / "x.pdf").read_bytes().startswith(b"%PDF"), done.err
+    axis = plot_metrics.draw({run.name: [plot_metrics.load(run, 1)] for run in runs}, {}).axes[0]
+    assert len({(line.get_color(), line.get_linestyle()) for line in axis.lines}) == 12
+    for line, run in zip(axis.lines, runs):  # a single update is a point
+        assert (line.get_marker() == ".") == (int(run.name) % 2 == 0)
