@@ -115,7 +115,7 @@ class Args:
     local_eval_batch_size: int = 16  # rows per evaluation batch and process
     eval_temperature: float = 0.01  # sampling temperature of the evaluation
     # ---- Tracking ----
-    track: bool = False  # also log to Weights & Biases (WANDB_MODE=offline works)
+    track: bool = False  # also log to Weights & Biases (WANDB_MODE=offline works; a kill loses its last part)
     wandb_project_name: str = "tldr_summarize"  # project of the tracked run
     wandb_entity: Optional[str] = None  # team or user that owns the tracked run; default: yours
 
@@ -298,7 +298,7 @@ def join_rows(queries: torch.Tensor, responses: torch.Tensor, pad_token_id: int)
 
 def response_logprobs(policy, token_ids, positions, responses, pad_token_id: int, temperature: float):
     """For the rows (B, T) and positions (B, R) of `join_rows`: the logprob of each response token at the sampling
-    temperature, INVALID_LOGPROB after the end, and the entropy of the distribution, 0 after the end: (B, R) each."""
+    temperature, INVALID_LOGPROB after the end, and the entropy of the distribution, without gradient: (B, R) each."""
     valid = responses != pad_token_id  # (B, R)
     # The logits at a position predict the NEXT token. Those of the prompt, nine in ten, are never computed.
     keep = torch.zeros_like(token_ids, dtype=torch.bool).scatter(1, positions, valid)  # (B, T)
@@ -308,7 +308,7 @@ def response_logprobs(policy, token_ids, positions, responses, pad_token_id: int
     logits = logits.float() / (temperature + 1e-7)
     all_logprobs = torch.log_softmax(logits, dim=-1)  # (K, V)
     logprobs = all_logprobs.gather(1, responses[valid][:, None]).squeeze(1)  # (K,)
-    with torch.no_grad():
+    with torch.no_grad():  # for the statistics: an entropy bonus needs the gradient
         entropy = -all_logprobs.exp().mul_(all_logprobs).sum(-1)  # (K,), with one copy of (K, V), not two
     zeros = torch.zeros(valid.shape, device=valid.device)  # (B, R)
     return (zeros + INVALID_LOGPROB).masked_scatter(valid, logprobs), zeros.masked_scatter(valid, entropy)
@@ -407,8 +407,8 @@ def draw_minibatches(args, batch: dict, update: int, epoch: int) -> list[np.ndar
 def ppo_loss(args, batch: dict, logprobs, entropy, values, num_tokens, num_values):
     """The clipped surrogate loss of PPO (arXiv 1707.06347) and the clipped value loss, for one micro-batch: the loss
     and its statistics, which add up over the micro-batches to means over the minibatch; ratio_dev is a maximum.
-    batch: the rollout of these rows; logprobs, entropy, values (B, R): of the model now; num_tokens, num_values: valid
-    entries of the whole minibatch."""
+    batch: the rollout of these rows; logprobs, entropy (without gradient), values (B, R): of the model now; num_tokens,
+    num_values: valid entries of the whole minibatch."""
     # Detail W (valid tokens): all sums are over real tokens. Means over padding too would be small for short responses.
     valid = batch["valid"]
     valid_p1 = batch["valid_p1"]
@@ -517,8 +517,8 @@ def load_model(model_class, path: str, tokenizer, positions: int, flag: str, **n
         options = dict(dtype=torch.float32, trust_remote_code=False, output_loading_info=True)
         model, info = model_class.from_pretrained(path, config=config, **options)
     body = model.base_model_prefix
-    misfits = {name for name in info["unexpected_keys"] if name.startswith(body) and name.endswith("weight")}
-    misfits |= info["missing_keys"] - ({"score.weight"} if new_head else set())
+    misfits = {name for name in info["unexpected_keys"] if re.match(f"(score|{body}).*weight$", name)}
+    misfits |= info["missing_keys"] ^ ({"score.weight"} if new_head else set())  # a reward model is no SFT model
     rows = model.get_input_embeddings().num_embeddings
     other_tokenizer = tokenizer.eos_token_id >= rows or len(tokenizer) > 1.1 * rows
     limit = getattr(config, "max_position_embeddings", None) or math.inf
@@ -605,7 +605,7 @@ def read_rows(source: str, split: str, columns: list[str], flag: str) -> list[di
 
 def load_tokenizer(path: str, flag: str):
     """The tokenizer of a model folder or hub id, with [PAD] as pad token."""
-    with explain(f"{flag} {path}: no tokenizer can be loaded"):
+    with explain(f"{flag} {path}: no such folder or model on the hub, or no tokenizer in it"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # empty if there are no files
     # Detail 3 (PAD and EOS): the pad token is a new one, even if the tokenizer brings its own, and never EOS: with
     # pad == EOS the loss mask hides EOS as well, and the model never learns to stop.
@@ -689,8 +689,8 @@ def keep_usable(rows: list[dict], where: str, accelerator: Accelerator) -> list[
     accelerator.print(f"{where}: {len(usable):,} of {len(rows):,} rows can be used")
     problems = Counter(row["problem"] for row in rows if row["problem"])
     for problem, number in problems.items():
-        first = next(row["id"] for row in rows if row["problem"] == problem)
-        accelerator.print(f"  left out: {number:,} x {problem} (first id: {first})")
+        first = next(f"row {i}, id {row['id']}" for i, row in enumerate(rows) if row["problem"] == problem)
+        accelerator.print(f"  left out: {number:,} x {problem} (first: {first})")
     if not usable:
         fail(f"{where}: no usable row; problems: {dict(problems)}")
     return usable
@@ -843,6 +843,7 @@ def start_accelerator(args) -> Accelerator:
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)  # a launcher's would take precedence
     options = {"mixed_precision": "bf16" if args.bf16 else "no", "log_with": "wandb" if args.track else None}
     with explain("accelerate cannot start with the launcher's configuration"):
+        # cpu is given here, not to `Accelerator`, where it would turn DeepSpeed off.
         PartialState(cpu=on_cpu, timeout=timedelta(hours=2))  # processes wait for each other, for slow disks and hubs
         accelerator = Accelerator(gradient_accumulation_steps=args.gradient_accumulation_steps, **options)
     if accelerator.state.deepspeed_plugin is not None:
@@ -872,14 +873,14 @@ def open_run(args, accelerator: Accelerator, batch_size: int) -> dict:
             accelerator.lock = FileLock(f"{args.output_dir}/.lock").acquire(timeout=0)  # until the process ends
         names = [name for name in os.listdir(args.output_dir) if not re.fullmatch(r"\..*|wandb|.*\.(log|tmp)", name)]
         if names and not (args.resume and "args.json" in names):
-            fail(f"{where} is not empty ({min(names)}): name another folder, or continue its run with --resume")
+            fail(f"{where} is not empty ({min(names)}): name another, or --resume its run, which needs its args.json")
         if names:
             now = vars(args) | {"script": os.path.basename(__file__), "batch_size": batch_size}
             with explain(f"{where}: its args.json is not of a run that --resume can continue"):
                 record = json.loads(Path(f"{args.output_dir}/args.json").read_text())
                 before = {name: (record | record["args"])[name] for name in now if name not in MAY_CHANGE}
             for name, value in before.items():
-                if now[name] != value:
+                if str(now[name]).rstrip("/") != str(value).rstrip("/"):
                     fail(f"{where} holds a run with {name} {value}, not {now[name]}: pass that, or another folder")
             record["finished"] = "summary.json" in names
     record = broadcast_object_list([record])[0]

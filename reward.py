@@ -14,12 +14,11 @@ checkpoints/ and, with --run_eval, pairs_<split>.csv and eval_<split>.json. The 
 after an interruption.
 
 Deliberate differences from the code of the paper (arXiv 2403.17031); the README has the complete list
-    1. The model is saved in the form of transformers' sequence classifiers, whose head has no bias. So the
-       normalisation offset is in config.json: score = output of a plain load - config.normalization_offset.
+    1. The model is saved in the form of transformers' sequence classifiers, whose head has no bias. So the offset is in
+       config.json: score = output of a plain load - config.normalization_offset. The SFT folder is not needed for it.
     2. Raw columns are read, formatted and tokenized here. Rows are padded on the right to the longest of their
        micro-batch, which holds pairs of similar length, without an attention mask, instead of to 638 tokens each.
     3. All processes share the order of the data, so an epoch sees no pair twice.
-    4. The folder is complete in itself; the SFT folder is not needed to load it.
 
 How to read it: `train` is the training loop, and what it calls follows. Tags such as "Detail 11" refer to the table of
 details in the README. Shapes: B rows (2 per pair, the chosen ones first), T tokens of a padded row, d hidden size.
@@ -101,7 +100,7 @@ class Args:
     max_eval_rows: Optional[int] = None  # evaluate on the first this many pairs, and posts; default: all
     local_eval_batch_size: int = 16  # rows per evaluation batch and process
     # ---- Tracking ----
-    track: bool = False  # also log to Weights & Biases (WANDB_MODE=offline works)
+    track: bool = False  # also log to Weights & Biases (WANDB_MODE=offline works; a kill loses its last part)
     wandb_project_name: str = "tldr_summarize"  # project of the tracked run
     wandb_entity: Optional[str] = None  # team or user that owns the tracked run; default: yours
 
@@ -294,8 +293,8 @@ def load_model(model_class, path: str, tokenizer, positions: int, flag: str, **n
         options = dict(dtype=torch.float32, trust_remote_code=False, output_loading_info=True)
         model, info = model_class.from_pretrained(path, config=config, **options)
     body = model.base_model_prefix
-    misfits = {name for name in info["unexpected_keys"] if name.startswith(body) and name.endswith("weight")}
-    misfits |= info["missing_keys"] - ({"score.weight"} if new_head else set())
+    misfits = {name for name in info["unexpected_keys"] if re.match(f"(score|{body}).*weight$", name)}
+    misfits |= info["missing_keys"] ^ ({"score.weight"} if new_head else set())  # a reward model is no SFT model
     rows = model.get_input_embeddings().num_embeddings
     other_tokenizer = tokenizer.eos_token_id >= rows or len(tokenizer) > 1.1 * rows
     limit = getattr(config, "max_position_embeddings", None) or math.inf
@@ -366,7 +365,7 @@ def read_rows(source: str, split: str, columns: list[str], flag: str) -> list[di
 
 def load_tokenizer(path: str, flag: str):
     """The tokenizer of a model folder or hub id, with [PAD] as pad token."""
-    with explain(f"{flag} {path}: no tokenizer can be loaded"):
+    with explain(f"{flag} {path}: no such folder or model on the hub, or no tokenizer in it"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # empty if there are no files
     # Detail 3 (PAD and EOS): the pad token is a new one, even if the tokenizer brings its own, and never EOS: with
     # pad == EOS the loss mask hides EOS as well, and the model never learns to stop.
@@ -450,8 +449,8 @@ def keep_usable(rows: list[dict], where: str, accelerator: Accelerator) -> list[
     accelerator.print(f"{where}: {len(usable):,} of {len(rows):,} rows can be used")
     problems = Counter(row["problem"] for row in rows if row["problem"])
     for problem, number in problems.items():
-        first = next(row["id"] for row in rows if row["problem"] == problem)
-        accelerator.print(f"  left out: {number:,} x {problem} (first id: {first})")
+        first = next(f"row {i}, id {row['id']}" for i, row in enumerate(rows) if row["problem"] == problem)
+        accelerator.print(f"  left out: {number:,} x {problem} (first: {first})")
     if not usable:
         fail(f"{where}: no usable row; problems: {dict(problems)}")
     return usable
@@ -474,19 +473,20 @@ def pad_rows(rows: list, pad_token_id: int, side: str, device) -> torch.Tensor:
 def tokenize_comparison(args, row: dict, tokenizer, longest_news: float) -> dict:
     """A raw comparison -> chosen, rejected (ids of query and summary, EOS last); problem ("": none); and for the
     evaluation is_news (CNN/DM, Detail 17; at most `longest_news` tokens), id, batch, confidence, policies."""
-    pair = dict.fromkeys(("id", "batch", "confidence", "policies", "problem"), "") | {"is_news": False}
+    pair = dict.fromkeys(("batch", "confidence", "policies", "problem"), "") | {"is_news": False}
+    info, extra = [row[name] if isinstance(row.get(name), dict) else {} for name in ("info", "extra")]
+    pair["id"] = str(info.get("id") or row.get("id") or "")
     limits = (args.max_query_length, args.max_response_length, args.max_query_response_length)
     heading = []  # subreddit and title
     if row.get("summaries") is None:  # the schema of most preference sets: prompt, chosen, rejected
         texts = [row.get("prompt"), row.get("chosen"), row.get("rejected")]
-        prompt = str(texts[0]).rstrip(" ")
+        prompt = str(texts[0]).rstrip()
         tail = format_post("", "", "")[2]
-        parts = ("", prompt.removesuffix(tail), tail if prompt.endswith(tail) else "")
+        parts = ("", prompt.removesuffix(tail), tail)
+        pair["problem"] = "" if prompt.endswith(tail) else f"the prompt does not end with {tail!r}, see format_post"
     else:  # OpenAI's schema: info, summaries, choice. The paper's set has columns chosen and rejected beside them
-        info, extra = [row[name] if isinstance(row.get(name), dict) else {} for name in ("info", "extra")]
         summaries = row["summaries"] if isinstance(row["summaries"], list) else []
         summaries = [summary for summary in summaries if isinstance(summary, dict)]
-        pair["id"] = str(info.get("id") or "")
         pair["batch"] = "" if row.get("batch") is None else str(row["batch"])
         pair["confidence"] = str(extra.get("confidence") or "").removesuffix(".0")
         # Sorted: the pairs A | B and B | A are one group.
@@ -527,7 +527,7 @@ def tokenize_comparison(args, row: dict, tokenizer, longest_news: float) -> dict
 
 def load_comparisons(args, split: str, tokenizer, longest_news: float, accelerator: Accelerator) -> list[dict]:
     """One split of comparisons, formatted and tokenized; unusable rows are counted and left out."""
-    columns = ["info", "summaries", "choice", "batch", "extra", "prompt", "chosen", "rejected"]
+    columns = ["info", "summaries", "choice", "batch", "extra", "id", "prompt", "chosen", "rejected"]
     rows = read_rows(args.label_dataset, split, columns, "--label_dataset")
     where = f"--label_dataset {args.label_dataset}, {split}"
     for number, row in enumerate(rows):
@@ -543,10 +543,9 @@ def load_evaluation(args, config, tokenizer, accelerator: Accelerator) -> tuple[
     longest_news = getattr(config, "max_position_embeddings", None) or math.inf  # a longer one is left out
     # CNN/DM rows: among the others as in OpenAI's own files, in a split of their own, or absent.
     pairs = load_comparisons(args, args.eval_split, tokenizer, longest_news, accelerator)
-    own_split = any(Path(args.label_dataset).rglob("validation_cnndm*"))
-    if not os.path.isdir(args.label_dataset):
-        own_split = "validation_cnndm" in get_dataset_split_names(args.label_dataset)
-    if own_split:
+    with explain(f"--label_dataset {args.label_dataset}: the hub does not list its splits"):
+        hub_splits = [] if os.path.isdir(args.label_dataset) else get_dataset_split_names(args.label_dataset)
+    if "validation_cnndm" in hub_splits or any(Path(args.label_dataset).rglob("validation_cnndm*")):
         pairs += load_comparisons(args, "validation_cnndm", tokenizer, longest_news, accelerator)
     news = [pair for pair in pairs if pair["is_news"]]
     pairs = [pair for pair in pairs if not pair["is_news"]]
@@ -623,6 +622,7 @@ def start_accelerator(args) -> Accelerator:
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)  # a launcher's would take precedence
     options = {"mixed_precision": "bf16" if args.bf16 else "no", "log_with": "wandb" if args.track else None}
     with explain("accelerate cannot start with the launcher's configuration"):
+        # cpu is given here, not to `Accelerator`, where it would turn DeepSpeed off.
         PartialState(cpu=on_cpu, timeout=timedelta(hours=2))  # processes wait for each other, for slow disks and hubs
         accelerator = Accelerator(gradient_accumulation_steps=args.gradient_accumulation_steps, **options)
     if accelerator.state.deepspeed_plugin is not None:
@@ -652,14 +652,14 @@ def open_run(args, accelerator: Accelerator, batch_size: int) -> dict:
             accelerator.lock = FileLock(f"{args.output_dir}/.lock").acquire(timeout=0)  # until the process ends
         names = [name for name in os.listdir(args.output_dir) if not re.fullmatch(r"\..*|wandb|.*\.(log|tmp)", name)]
         if names and not (args.resume and "args.json" in names):
-            fail(f"{where} is not empty ({min(names)}): name another folder, or continue its run with --resume")
+            fail(f"{where} is not empty ({min(names)}): name another, or --resume its run, which needs its args.json")
         if names:
             now = vars(args) | {"script": os.path.basename(__file__), "batch_size": batch_size}
             with explain(f"{where}: its args.json is not of a run that --resume can continue"):
                 record = json.loads(Path(f"{args.output_dir}/args.json").read_text())
                 before = {name: (record | record["args"])[name] for name in now if name not in MAY_CHANGE}
             for name, value in before.items():
-                if now[name] != value:
+                if str(now[name]).rstrip("/") != str(value).rstrip("/"):
                     fail(f"{where} holds a run with {name} {value}, not {now[name]}: pass that, or another folder")
             record["finished"] = "summary.json" in names
     record = broadcast_object_list([record])[0]

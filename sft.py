@@ -96,7 +96,7 @@ class Args:
     response_length: int = 53  # tokens sampled per response in the evaluation
     eval_temperature: float = 0.01  # sampling temperature of the evaluation
     # ---- Tracking ----
-    track: bool = False  # also log to Weights & Biases (WANDB_MODE=offline works)
+    track: bool = False  # also log to Weights & Biases (WANDB_MODE=offline works; a kill loses its last part)
     wandb_project_name: str = "tldr_summarize"  # project of the tracked run
     wandb_entity: Optional[str] = None  # team or user that owns the tracked run; default: yours
 
@@ -263,8 +263,8 @@ def load_model(model_class, path: str, tokenizer, positions: int, flag: str, **n
         options = dict(dtype=torch.float32, trust_remote_code=False, output_loading_info=True)
         model, info = model_class.from_pretrained(path, config=config, **options)
     body = model.base_model_prefix
-    misfits = {name for name in info["unexpected_keys"] if name.startswith(body) and name.endswith("weight")}
-    misfits |= info["missing_keys"] - ({"score.weight"} if new_head else set())
+    misfits = {name for name in info["unexpected_keys"] if re.match(f"(score|{body}).*weight$", name)}
+    misfits |= info["missing_keys"] ^ ({"score.weight"} if new_head else set())  # a reward model is no SFT model
     rows = model.get_input_embeddings().num_embeddings
     other_tokenizer = tokenizer.eos_token_id >= rows or len(tokenizer) > 1.1 * rows
     limit = getattr(config, "max_position_embeddings", None) or math.inf
@@ -335,7 +335,7 @@ def read_rows(source: str, split: str, columns: list[str], flag: str) -> list[di
 
 def load_tokenizer(path: str, flag: str):
     """The tokenizer of a model folder or hub id, with [PAD] as pad token."""
-    with explain(f"{flag} {path}: no tokenizer can be loaded"):
+    with explain(f"{flag} {path}: no such folder or model on the hub, or no tokenizer in it"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # empty if there are no files
     # Detail 3 (PAD and EOS): the pad token is a new one, even if the tokenizer brings its own, and never EOS: with
     # pad == EOS the loss mask hides EOS as well, and the model never learns to stop.
@@ -419,8 +419,8 @@ def keep_usable(rows: list[dict], where: str, accelerator: Accelerator) -> list[
     accelerator.print(f"{where}: {len(usable):,} of {len(rows):,} rows can be used")
     problems = Counter(row["problem"] for row in rows if row["problem"])
     for problem, number in problems.items():
-        first = next(row["id"] for row in rows if row["problem"] == problem)
-        accelerator.print(f"  left out: {number:,} x {problem} (first id: {first})")
+        first = next(f"row {i}, id {row['id']}" for i, row in enumerate(rows) if row["problem"] == problem)
+        accelerator.print(f"  left out: {number:,} x {problem} (first: {first})")
     if not usable:
         fail(f"{where}: no usable row; problems: {dict(problems)}")
     return usable
@@ -508,6 +508,7 @@ def start_accelerator(args) -> Accelerator:
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)  # a launcher's would take precedence
     options = {"mixed_precision": "bf16" if args.bf16 else "no", "log_with": "wandb" if args.track else None}
     with explain("accelerate cannot start with the launcher's configuration"):
+        # cpu is given here, not to `Accelerator`, where it would turn DeepSpeed off.
         PartialState(cpu=on_cpu, timeout=timedelta(hours=2))  # processes wait for each other, for slow disks and hubs
         accelerator = Accelerator(gradient_accumulation_steps=args.gradient_accumulation_steps, **options)
     if accelerator.state.deepspeed_plugin is not None:
@@ -537,14 +538,14 @@ def open_run(args, accelerator: Accelerator, batch_size: int) -> dict:
             accelerator.lock = FileLock(f"{args.output_dir}/.lock").acquire(timeout=0)  # until the process ends
         names = [name for name in os.listdir(args.output_dir) if not re.fullmatch(r"\..*|wandb|.*\.(log|tmp)", name)]
         if names and not (args.resume and "args.json" in names):
-            fail(f"{where} is not empty ({min(names)}): name another folder, or continue its run with --resume")
+            fail(f"{where} is not empty ({min(names)}): name another, or --resume its run, which needs its args.json")
         if names:
             now = vars(args) | {"script": os.path.basename(__file__), "batch_size": batch_size}
             with explain(f"{where}: its args.json is not of a run that --resume can continue"):
                 record = json.loads(Path(f"{args.output_dir}/args.json").read_text())
                 before = {name: (record | record["args"])[name] for name in now if name not in MAY_CHANGE}
             for name, value in before.items():
-                if now[name] != value:
+                if str(now[name]).rstrip("/") != str(value).rstrip("/"):
                     fail(f"{where} holds a run with {name} {value}, not {now[name]}: pass that, or another folder")
             record["finished"] = "summary.json" in names
     record = broadcast_object_list([record])[0]

@@ -185,10 +185,10 @@ def test_unusable_posts_are_named_and_counted(tokenizer, tmp_path, capsys):
     for script in SCRIPTS:
         assert [post["id"] for post in load(tmp_path, tokenizer, script=script)] == ["t3_6_0", "0"]
         out = capsys.readouterr().out
-        assert "2 of 14 rows can be used" in out and "1 x the id occurs twice (first id: t3_6_0)" in out
+        assert "2 of 14 rows can be used" in out and "1 x the id occurs twice (first: row 13, id t3_6_0)" in out
         for number, name, first in ((1, "summary", 3), (3, "title", 4), (1, "post", 7), (2, "subreddit", 8)):
-            assert f"{number} x {name} is missing or not a text (first id: t3_6_{first})" in out
-        assert "4 x the summary or the id is empty (first id: t3_6_1)" in out
+            assert f"{number} x {name} is missing or not a text (first: row {first}, id t3_6_{first})" in out
+        assert "4 x the summary or the id is empty (first: row 1, id t3_6_1)" in out
     rows[1]["title"] = pd.Timestamp("2026-01-01")
     pd.DataFrame(rows[1:2]).to_parquet(tmp_path / "test.parquet")
     assert "title is missing or not a text" in refused(capsys, load, tmp_path, tokenizer, "test")  # no row is left
@@ -282,14 +282,20 @@ def test_prompt_chosen_rejected(tmp_path):
         texts = [summary["text"] for summary in row["summaries"]]
         prompt = slow_query(row["info"], tokenizer, 10**6)
         others.append({"prompt": prompt, "chosen": texts[row["choice"]], "rejected": texts[1 - row["choice"]]})
-    write_rows(tmp_path / "train.parquet", others)
+        others[-1]["id"] = row["info"]["id"]
+    spaced = [row | {"prompt": row["prompt"] + " \n" * (i % 3)} for i, row in enumerate(others)]
+    write_rows(tmp_path / "train.parquet", spaced)
     found, cut = load_pairs(tmp_path, tokenizer), compare(others, tokenizer, max_query_length=40)
     for pair, expected, short, row in zip(found, compare(rows, tokenizer), cut, others, strict=True):
         assert all((pair[name] == expected[name]).all() for name in ("chosen", "rejected"))
+        assert pair["id"] == row["id"]
         query = tokenizer.decode(short["chosen"]).split("\n\nTL;DR: ")[0]
         kept = query.split("\n")
         assert kept == row["prompt"].removesuffix("\n\nTL;DR:").split("\n")[: len(kept)]
         assert count(tokenizer, query + "\n\nTL;DR:") <= 40
+    # One of another format, on which PPO's queries would be something else.
+    (other,) = compare([others[0] | {"prompt": "Human: Hello\n\nAssistant:"}], tokenizer)
+    assert "the prompt does not end with" in other["problem"]
 
 
 @pytest.mark.parametrize("limit", [512, 40])
@@ -351,7 +357,7 @@ def test_unusable_comparisons_are_named_and_counted(tmp_path, capsys):
     assert [pair["id"] for pair in pairs] == [row["info"]["id"] for row in good]
     assert [pairs[2][name] for name in ("batch", "confidence", "policies")] == ["", "", "unknown | unknown"]
     out = capsys.readouterr().out
-    reasons = ("3 of 16 rows can be used", "1 x the summaries are the same (first id: t3_24_0)")
+    reasons = ("3 of 16 rows can be used", "1 x the summaries are the same (first: row 15, id t3_24_0)")
     reasons += ("5 x not two summaries, or one of the texts is empty", "7 x subreddit, title, post, article, prompt")
     assert all(reason in out for reason in reasons)
 

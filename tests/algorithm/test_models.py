@@ -140,6 +140,16 @@ def test_all_stages_run_and_ppo_begins_at_ratio_1_and_kl_0(family):
     assert trained.keys() == start.keys() and any(not torch.equal(trained[name], start[name]) for name in start)
 
 
+def test_a_model_of_another_stage_is_refused(family, capsys):
+    """Also where input and output embedding are one, so that no weight is missing."""
+    loads = [(lambda path, script=script: load_lm(path, script), family.reward) for script in (sft, ppo)]
+    loads += [(load_new_classifier, family.reward), (lambda path: load_networks(family.sft, path), family.sft)]
+    for load, path in loads:
+        with pytest.raises(SystemExit):
+            load(path)
+        assert f"{path}: weights and config do not fit" in capsys.readouterr().err
+
+
 def test_padded_rows_score_as_plain_transformers_does_alone(family, accelerator):
     """Logprobs, values (of every prefix) and scores of padded rows without a mask. The value at EOS is the score."""
     pad, eos = family.nets.tokenizer.pad_token_id, family.nets.tokenizer.eos_token_id

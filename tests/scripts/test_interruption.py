@@ -14,6 +14,7 @@ import runner
 from common import SCRIPTS, error_line, make_model_folder, make_posts, read_json, read_metrics, write_rows
 from moments import at, fill, kill, kill_half_written, kill_soon, on_rank
 from runner import Run
+from safetensors.torch import load_file, save_file
 
 FOLDER = runner.FOLDER / "interrupted"
 HALF = {"--local_micro_batch_size": 2}  # with two processes, the same batch
@@ -181,11 +182,20 @@ def test_a_corrupt_record_is_refused(text, resume, copy):
     assert "args.json" in error_line(resume())
 
 
-def test_half_a_line_of_metrics_is_replaced(resume, copy, whole):
+def test_ppo_refuses_another_reward_model_of_the_same_path(six, tmp_path):
+    folder = shutil.copytree(six["ppo"]["--reward_model_path"], tmp_path / "reward")
+    call = ("ppo", six["ppo"] | {"--reward_model_path": folder, "--output_dir": tmp_path / "out"})
+    runner.run(*call, inside=at("open", "metrics.jsonl", 1, kill), code=-9)
+    path = folder / "model/model.safetensors"
+    save_file({name: 1.01 * tensor for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    assert "initial model have changed" in error_line(Run(*call, "--resume").wait())
+
+
+def test_half_a_line_of_metrics_is_replaced(resume, copy, whole, six):
     shutil.rmtree(copy / "checkpoints/update_00000006")
     path = copy / "metrics.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]) + '{"episode": 4')
-    assert resume().code == 0
+    assert resume("--base_model", f"{six['sft']['--base_model']}/").code == 0  # the same folder, as a shell completes it
     same(result_of(copy), whole("sft"))
 
 
