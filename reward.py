@@ -10,8 +10,7 @@ How to run
     python reward.py --sft_model_path FOLDER --label_dataset FOLDER --query_dataset FOLDER     # local folders
     python reward.py --reward_model_path FOLDER --total_episodes 0 --run_eval --output_dir NEW   # only evaluate
 It writes, in --output_dir: model/ (a sequence classifier with one label), metrics.jsonl, args.json, summary.json,
-checkpoints/ and, with --run_eval, pairs_<split>.csv and eval_<split>.json. The same command with --resume continues
-after an interruption.
+checkpoints/ and, with --run_eval, pairs_<split>.csv and eval_<split>.json. --resume continues an interrupted run.
 
 Deliberate differences from the code of the paper (arXiv 2403.17031); the README has the complete list
     1. The model is saved in the form of transformers' sequence classifiers, whose head has no bias. So the offset is in
@@ -181,8 +180,7 @@ class RewardModel(nn.Module):
                 inputs["position_ids"] = (is_token.cumsum(1) - 1).clamp(min=0)
         # On the right, no attention mask is needed: a causal model never looks at the padding.
         outputs = self.classifier.base_model(input_ids=token_ids, use_cache=False, **inputs)
-        # Detail 12 (reward at EOS): the last token of the response. Looking for the first [PAD] instead would find the
-        # left padding of a query.
+        # Detail 12 (reward at EOS): the last token of the response. The first [PAD] may be the left padding of a query.
         # Detail 13 (other positions): what the head says elsewhere is mostly negative and means nothing.
         last = (is_token * torch.arange(token_ids.shape[1], device=token_ids.device)).argmax(1)  # (B,)
         at_eos = outputs.last_hidden_state[torch.arange(len(last), device=last.device), last]  # (B, d)
@@ -627,8 +625,8 @@ def start_accelerator(args) -> Accelerator:
         accelerator = Accelerator(gradient_accumulation_steps=args.gradient_accumulation_steps, **options)
     if accelerator.state.deepspeed_plugin is not None:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
-        if config["zero_optimization"]["stage"] not in (1, 2) or "optimizer" in config:
-            fail("DeepSpeed's configuration needs ZeRO stage 1 or 2, and no optimizer")
+        if config["zero_optimization"]["stage"] not in (1, 2) or {"optimizer", "scheduler"} & set(config):
+            fail("DeepSpeed's configuration needs ZeRO stage 1 or 2, and neither optimizer nor scheduler")
         config.pop("fp16", None)
         config |= {"bf16": {"enabled": args.bf16}, "gradient_clipping": 0.0}  # accelerate's default is to clip at 1.0
         config |= {"gradient_accumulation_steps": args.gradient_accumulation_steps, "train_batch_size": "auto"}
@@ -645,6 +643,8 @@ def start_accelerator(args) -> Accelerator:
 def open_run(args, accelerator: Accelerator, batch_size: int) -> dict:
     """Claim --output_dir and start the tracker. Returns args.json of the run to resume, or a new run_id."""
     where = f"--output_dir {args.output_dir}"
+    if any(flags != vars(args) for flags in gather_object([vars(args)])):
+        fail("the processes were started with different flags")
     record = {"run_id": os.urandom(4).hex(), "finished": False}
     if accelerator.is_main_process:
         with explain(f"{where} cannot be used, or is in use by another run (if there is none, remove its .lock)"):
@@ -682,7 +682,7 @@ def start_run(args, accelerator: Accelerator, record: dict, batch_size: int, dig
     folders = broadcast_object_list([folders])[0]  # the main process's: another node must see them too
     update = int(folders[-1].name[-8:]) if folders else 0
     if folders:
-        with explain(f"{folders[-1]} cannot be loaded (same number of processes?); remove it to use the one before"):
+        with explain(f"{folders[-1]} cannot be loaded (another engine or number of processes?); if damaged, remove it"):
             accelerator.load_state(folders[-1])
         accelerator.step = 0  # accelerate's count of micro-batches, whose size may have changed
         accelerator.print(f"{args.output_dir}: resuming after update {update}")

@@ -513,8 +513,8 @@ def start_accelerator(args) -> Accelerator:
         accelerator = Accelerator(gradient_accumulation_steps=args.gradient_accumulation_steps, **options)
     if accelerator.state.deepspeed_plugin is not None:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
-        if config["zero_optimization"]["stage"] not in (1, 2) or "optimizer" in config:
-            fail("DeepSpeed's configuration needs ZeRO stage 1 or 2, and no optimizer")
+        if config["zero_optimization"]["stage"] not in (1, 2) or {"optimizer", "scheduler"} & set(config):
+            fail("DeepSpeed's configuration needs ZeRO stage 1 or 2, and neither optimizer nor scheduler")
         config.pop("fp16", None)
         config |= {"bf16": {"enabled": args.bf16}, "gradient_clipping": 0.0}  # accelerate's default is to clip at 1.0
         config |= {"gradient_accumulation_steps": args.gradient_accumulation_steps, "train_batch_size": "auto"}
@@ -531,6 +531,8 @@ def start_accelerator(args) -> Accelerator:
 def open_run(args, accelerator: Accelerator, batch_size: int) -> dict:
     """Claim --output_dir and start the tracker. Returns args.json of the run to resume, or a new run_id."""
     where = f"--output_dir {args.output_dir}"
+    if any(flags != vars(args) for flags in gather_object([vars(args)])):
+        fail("the processes were started with different flags")
     record = {"run_id": os.urandom(4).hex(), "finished": False}
     if accelerator.is_main_process:
         with explain(f"{where} cannot be used, or is in use by another run (if there is none, remove its .lock)"):
@@ -568,7 +570,7 @@ def start_run(args, accelerator: Accelerator, record: dict, batch_size: int, dig
     folders = broadcast_object_list([folders])[0]  # the main process's: another node must see them too
     update = int(folders[-1].name[-8:]) if folders else 0
     if folders:
-        with explain(f"{folders[-1]} cannot be loaded (same number of processes?); remove it to use the one before"):
+        with explain(f"{folders[-1]} cannot be loaded (another engine or number of processes?); if damaged, remove it"):
             accelerator.load_state(folders[-1])
         accelerator.step = 0  # accelerate's count of micro-batches, whose size may have changed
         accelerator.print(f"{args.output_dir}: resuming after update {update}")

@@ -19,6 +19,7 @@ default_out="models/pythia-$size-seed{seed}"
 OUT=${OUT:-$default_out}
 array=() after=afterok
 if [ "$seed" = all ]; then
+  [[ $OUT == *"{seed}"* ]] || { echo "error: OUT is $OUT; for all seeds it needs {seed} in it" >&2; exit 2; }
   seed="{seed}" array=(--array 0-3) after=aftercorr  # aftercorr: a task waits for the same task of the other array
 fi
 OUT=${OUT//\{seed\}/$seed}

@@ -34,7 +34,9 @@ cut_batch() {
 
 # judge_command OUT: how to judge what the stages under OUT wrote. It costs money and needs a key, so nothing runs it.
 judge_command() {
-  echo "to judge, with the key in OPENAI_API_KEY and the name of a dated model:
-  python eval_judge.py --judge_model NAME --tokenizer $1/sft/model --output_dir $1/judge \\
-    --samples $1/sft/samples_validation.csv $1/ppo/samples_validation.csv"
+  local hint=""
+  if [[ $1 == *"{seed}"* ]]; then hint=", for every {seed}"; fi
+  echo "to judge, with the key in OPENAI_API_KEY and the name of a dated model$hint:
+  python eval_judge.py --judge_model NAME --tokenizer '$1/sft/model' --output_dir '$1/judge' \\
+    --samples '$1/sft/samples_validation.csv' '$1/ppo/samples_validation.csv'"
 }

@@ -62,6 +62,10 @@ def kill_half_written():
     kill()
 
 
+def not_here():
+    raise PermissionError("not on this node")
+
+
 def fill(disk, room):
     """Fill the disk, but for `room` bytes."""
     with open(disk / "filler", "wb", buffering=0) as file:

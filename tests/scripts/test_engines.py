@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import runner
 from common import error_line, read_json, read_metrics
-from moments import at, change_flag, fixed_responses, kill, on_rank
+from moments import at, change_flag, fixed_responses, kill, not_here, on_rank
 from runner import Run
 from safetensors.numpy import load_file
 
@@ -99,9 +99,16 @@ def test_a_launch_is_like_the_forks(flags, chain, tmp_path):
 
 
 def test_an_error_of_another_rank_is_printed(flags, chain, tmp_path):
-    wrong = on_rank(1, partial(change_flag, "--base_model", "/no/such/model"))
+    wrong = on_rank(1, at("open", "train.parquet", 1, not_here))
     run = Run("sft", flags["sft"] | HALF, "--output_dir", tmp_path, engine="ddp", inside=wrong).wait()
-    assert run.codes[1] == 2 and "error: --base_model /no/such/model" in run.errs[1]
+    assert run.codes[1] == 2 and "error: --query_dataset" in run.errs[1] and "not on this node" in run.errs[1]
+
+
+def test_processes_with_different_flags_are_refused(flags, chain, tmp_path):
+    """As when the command of one node is mistyped: each would train a model of its own."""
+    wrong = on_rank(1, partial(change_flag, "--lr", "0.5"))
+    run = Run("sft", flags["sft"] | HALF, "--output_dir", tmp_path / "out", engine="ddp", inside=wrong).wait()
+    assert run.codes == [2, 2] and "different flags" in run.errs[0] and not (tmp_path / "out").exists()
 
 
 # ---- A launcher that says something else -----------------------------------------------------------------------------
@@ -125,6 +132,7 @@ STAGE2 = {"zero_optimization": {"stage": 2}}
 ADAM = {"type": "Adam", "params": {"lr": 1e-3}}
 CONFIGS = {
     "optimizer": STAGE2 | {"optimizer": ADAM},
+    "scheduler": STAGE2 | {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-9}}},
     "stage 3": {"zero_optimization": {"stage": 3}},
     "stage 0": {"zero_optimization": {"stage": 0}},
     "no stage": {},

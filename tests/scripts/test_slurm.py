@@ -185,9 +185,11 @@ def test_chain(cluster, size, micro):
     assert all(parse(call, 32) for call in cluster.calls("sbatch")[3:])
 
 
-@pytest.mark.parametrize("size, env, word", [("3b", {}, "3b"), ("1b", {"GPUS_PER_NODE": "6"}, "6 GPUs")])
-def test_chain_refuses(cluster, size, env, word):
-    done = cluster.run("benchmark/slurm/chain.sh", size, "1", **env)
+@pytest.mark.parametrize("size, seed, env, word", [
+    ("3b", "1", {}, "3b"), ("1b", "1", {"GPUS_PER_NODE": "6"}, "6 GPUs"), ("1b", "all", {"OUT": "x/y"}, "OUT is x/y"),
+])  # fmt: skip
+def test_chain_refuses(cluster, size, seed, env, word):
+    done = cluster.run("benchmark/slurm/chain.sh", size, seed, **env)
     assert done.code == 2 and done.err.startswith("error: ") and word in done.err and not cluster.calls("sbatch")
 
 
