@@ -18,6 +18,9 @@ fi
 # The scripts' libraries speak of things that matter elsewhere; their errors still show.
 export TOKENIZERS_PARALLELISM=true TRANSFORMERS_VERBOSITY=error
 
+# oneDNN keeps buffers for each of the last 1,024 shapes of a product in bf16: many GiB, as rows have many lengths.
+export ONEDNN_PRIMITIVE_CACHE_CAPACITY=${ONEDNN_PRIMITIVE_CACHE_CAPACITY:-32} LRU_CACHE_CAPACITY=${LRU_CACHE_CAPACITY:-32}
+
 # attached COMMAND...: a command that gets SIGTERM when this shell is gone, by SIGKILL too (on Linux).
 attached() {
   if setpriv --pdeathsig TERM true 2> /dev/null; then setpriv --pdeathsig TERM "$@"; else "$@"; fi
