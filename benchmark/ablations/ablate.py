@@ -30,8 +30,8 @@ given nothing.
 
 benchmark/results/ablations.jsonl has one line per run, added when the run ends; a run that has one is not repeated, and
 one that was interrupted goes on with its first unfinished stage. On another machine the models of a baseline are made
-again where a run that is missing needs them. Lines of other scripts stay: each names its commit. Delete those to be run
-again.
+again where a run that is missing needs them. Lines of other scripts stay: each names its commit, but not the version of a
+diff. Delete those to be run again; on another kind of processor, or with diffs of your own, name another --out.
 """
 
 import json
@@ -149,7 +149,10 @@ def parse_header(text: str) -> dict:
 def parse_diff(path: Path, baseline: Variant, several: Variant) -> Variant:
     """An ablation from its diff, with the baseline that it is compared with."""
     text = path.read_text(encoding="utf-8")
-    header, scripts = parse_header(text), re.findall(r"^\+\+\+ b/(\w+)\.py", text, re.M)
+    header = {"title": path.stem, "detail": ""} | parse_header(text)
+    scripts = re.findall(r"^\+\+\+ b/(\w+)\.py", text, re.M)
+    if not scripts or not set(scripts) <= set(STAGES):
+        fail(f"{path}: needs lines '+++ b/SCRIPT.py', of sft, reward or ppo (git diff --default-prefix)")
     variant = Variant(path.stem, first=min(scripts, key=STAGES.index), path=path, header=header)
     variant.processes = int(header.get("processes", 1))
     variant.base = several if variant.processes > 1 else baseline
@@ -238,7 +241,7 @@ class Harness:
             folder = self.root / variant.name / "scripts"
             texts = patched_scripts(variant)
             if folder.exists() and any((folder / name).read_text() != text for name, text in texts.items()):
-                fail(f"{folder.parent} holds runs of other scripts: remove it, or name another --work_dir")
+                fail(f"{folder.parent} holds runs of other scripts: remove it and its lines in {self.out}, or name others")
             folder.mkdir(parents=True, exist_ok=True)
             for name, text in texts.items():
                 write_atomically(folder / name, text)
@@ -381,7 +384,7 @@ def difference(ablated: dict, baseline: dict) -> dict:
     result["gain"] = float(np.mean([baseline[seed]["gold"] - baseline[seed]["sft_gold"] for seed in seeds]))
     if len(golds) < 2:  # one difference tells nothing of its own noise
         return result | {"p": 1.0, "p_flips": 1.0}
-    flips = stats.permutation_test((golds,), np.mean, permutation_type="samples", n_resamples=np.inf)
+    flips = stats.permutation_test((golds,), np.mean, permutation_type="samples", n_resamples=2**16, rng=0)
     result["p_flips"] = float(flips.pvalue)
     if np.ptp(golds) == 0:  # the t-test would divide by their standard deviation
         result["p"] = float(golds[0] == 0)
@@ -441,7 +444,7 @@ def markdown(runs: list[dict], found: dict, variants: list[Variant]) -> str:
     lines = baselines_table(runs)
     lines += ["", "Ablation minus baseline, paired by seed: mean with its 95% t-interval. The share is of PPO's gain"]
     lines += [f"in gold score over SFT. p is that of the gold score, corrected by Holm for {len(found)} ablations; by"]
-    lines += ["sign flips: an exact test without a normal distribution, uncorrected, which does not decide the"]
+    lines += ["sign flips (exact up to 16 seeds, without a normal distribution), uncorrected, it does not decide the"]
     lines += ["verdict. KL, tokens (EOS included) and EOS share are of the evaluation. First ratio from 1: the"]
     lines += ["largest of all tokens, before any step of the optimizer. Errors: runs that diverged.", ""]
     head = "gold score | share | win rate | KL | first ratio from 1 | tokens | EOS share"

@@ -65,7 +65,7 @@ class Args:
     num_cnndm_pairs: int = 300  # comparisons in CNN/DM form (news articles instead of posts), for validation only
     num_pretraining_posts: int = 0  # posts with replies to pretrain a base model on, the same with every --seed
     # ---- How hard the world is ----
-    num_values: int = 6  # values that a fact can take (4 to 24): more of them leave fewer examples of each
+    num_values: int = 6  # values that a fact can take (4 to 24; the pretrained base model knows 12)
     distractor_share: float = 0.25  # share of posts that also mention, in passing, a value that is not a fact
     max_fillers: int = 2  # a post has 0 to this many sentences that are beside the point (0 to 6)
     # ---- The base model (GPT-NeoX) ----

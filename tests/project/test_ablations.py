@@ -281,6 +281,17 @@ def test_every_ablation_has_the_batch_of_the_others(name, tmp_path):
         assert size * getattr(args, "num_mini_batches", 1) == batch
 
 
+def test_a_diff_of_ones_own_needs_no_header_but_the_names_of_scripts(tmp_path, capsys):
+    path = tmp_path / "own.diff"
+    path.write_text("--- a/ppo.py\n+++ b/ppo.py\n@@ -1 +1 @@\n-x\n+y\n")
+    assert ablate.parse_diff(path, None, None).header.items() >= {"title": "own", "detail": ""}.items()
+    for names in ("--- ppo.py\n+++ ppo.py\n", "--- a/eval_judge.py\n+++ b/eval_judge.py\n"):
+        path.write_text(names)
+        with pytest.raises(SystemExit):
+            ablate.parse_diff(path, None, None)
+        assert "own.diff" in capsys.readouterr().err
+
+
 def test_verdicts_follow_the_rule():
     """Made-up runs of 16 seeds: a large loss, hardly any, a noisy one, and one whose PPO fails on every seed."""
     rng = np.random.default_rng(0)
