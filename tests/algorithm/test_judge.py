@@ -107,8 +107,9 @@ READABLE = {
           "Comparison: A is preferred: it is short. Preferred: A", "The preferred summary is A."],
     "B": ["B", "b.", "Preferred: B since it has the question", "Preferred: B)", "Preferred: B<end_of_turn>"],
     None: ["Not preferred: A", "Less preferred: A", "Preferred: A, it's a draw", "Preferred: A, hard to say",
-           "Least preferred: A", "Never preferred: A", "Non-preferred: A", "B is preferred: A, in contrast, omits the cat.",
-           'I end with "Preferred: A" or "Preferred: B". The first one omits the cat.', "", " ", "A or B", "A\nB", "AB", "Abe", "I like A", "Both are good.", "Preferred:",
+           "Least preferred: A", "Never preferred: A", "Non-preferred: A", "B is preferred: A, in contrast, omits it.",
+           'I end with "Preferred: A" or "Preferred: B". The first one omits the cat.',
+           "", " ", "A or B", "A\nB", "AB", "Abe", "I like A", "Both are good.", "Preferred:",
            "Preferred: A or B", "Preferred: A/B", "Preferred: Neither", "Preferred: C", "Preferred: A?",
            "Preferred: A and B are equal",
            "A comparison shows that both are good", "Preferred: A comparison is hard", "Preferred: A\nPreferred: B",
@@ -242,7 +243,8 @@ const note = () => seen.push([shown.length, document.querySelector("#post h3")?.
 const press = key => document.body.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
 note(); press("j"); press("ArrowDown"); note(); press("k"); note();
 set("outcome", "won"); note(); set("system", names[1]); note(); set("outcome", ""); set("sort", "-1"); note();
-set("sort", ""); set("search", "SHOWN AS"); note(); set("search", "COMPARISON: ONE"); note(); set("search", "ALERT("); note();
+set("sort", ""); set("search", "SHOWN AS"); note(); set("search", "COMPARISON: ONE"); note();
+set("search", "ALERT("); note();
 document.title = JSON.stringify({seen, errors, systems: document.querySelectorAll(".system").length,
   colours: document.querySelectorAll("#list .won").length, scripts: document.scripts.length});
 </script>"""
@@ -423,8 +425,7 @@ def test_posts_without_a_verdict_are_counted_and_asked_again_next_time(place):
     faults = [(400, error_body("Content Exists Risk")), (500, "no"), (403, error_body("flagged")), (500, "no")]
     faults += [(422, '{"detail": "too long"}'), (413, "<html>too long</html>")]
     answers = {f"t3_{i}": Fault(status, body) for i, (status, body) in enumerate(faults, start=1)}
-    fault = lambda text, _: answers.get("t3_" + text.split("TITLE: post ")[1][0])  # noqa: E731
-    with FakeJudge(better, fault=fault, delay=0.1) as server:
+    with FakeJudge(better, lambda text, _: answers.get("t3_" + text.split("TITLE: post ")[1][0]), delay=0.1) as server:
         assert place.judge(server, "--max_retries", "1", "--concurrency", "4")["unparsed"] == 6
         assert place.judge(server, "--max_retries", "1")["unparsed"] == 6  # not where there are no others to ask either
     errors = {line["id"]: line["error"] for line in place.lines() if line["preferred"] == "unparsed"}
@@ -586,7 +587,8 @@ FLAGS = {
     "max_samples": [0], "judge_max_tokens": [0], "judge_timeout": [-1, "nan"], "max_retries": [-1], "concurrency": [0],
     "judge_temperature": [-0.5], "judge_model": [" ", "\udcff"], "seed": [-1, 2**64], "bootstrap_samples": [0, 10**12],
     "judge_base_url": ["localhost:80", "http://me:pw@x/v1", "http://x/v1?key=sk-1", "http://127.0.0.1:99999/v1"],
-    "judge_key_variable": ["sk-0123"], "output_dir": ["", "good.csv", "\udcff"], "tokenizer": ["."], "template": ["missing.txt", *TEMPLATES],
+    "judge_key_variable": ["sk-0123"], "output_dir": ["", "good.csv", "\udcff"], "tokenizer": ["."],
+    "template": ["missing.txt", *TEMPLATES],
 }  # fmt: skip
 BAD = [(["--samples", name], word) for name, (_, word) in SAMPLES.items()]
 BAD += [(["--samples", "good.csv", "./good.csv"], "twice"), (["--samples", "missing.csv"], "missing.csv"),
