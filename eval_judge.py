@@ -274,7 +274,7 @@ class Judge:
 
 async def judge_all(questions: dict[Key, str], judge: Judge, identity: dict, file, bar: tqdm):
     """Ask all questions, `--concurrency` at a time, and append each verdict to `file` as it arrives."""
-    # A judge takes seconds per reply, nearly all waiting: many requests in flight at once, in one thread.
+    # A judge takes seconds per reply, nearly all waiting: many requests are in flight at once.
     slots = asyncio.Semaphore(judge.args.concurrency)
 
     async def settle(path: str, post_id: str, shown: str, prompt: str):
@@ -620,7 +620,7 @@ def claim_folder(folder: str) -> FileLock:
     lock = FileLock(f"{folder}/.lock", blocking=False)
     with refuse_on_error(f"--output_dir {folder} is in use by another run: wait for it to end"):
         lock.acquire()  # until the process ends, however that may be
-    # Looked at behind the lock: another run may have filled the folder while this one was starting.
+    # Looked at behind the lock: another run may have filled the folder in the meantime.
     names = [name for name in os.listdir(folder) if not re.fullmatch(r"\..*|args\.json\.tmp", name)]
     is_ours = "args.json" in names and b'"script": "eval_judge.py"' in Path(folder, "args.json").read_bytes()
     if names and not is_ours:
